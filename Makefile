@@ -1,0 +1,43 @@
+# make setup | quickstart | test | check | clean
+# Everything happens in .venv, as an ordinary user. `make quickstart` and `make test` make the
+# environment themselves where it is missing.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+STAMP  := $(VENV)/.complete
+export PYTHONPATH := $(CURDIR)
+# Spares every process of a run a look-up on the network: nothing is ever fetched from a hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup quickstart test check lint types lock clean
+
+setup: $(STAMP)
+
+# The virtual environment is built beside its place and moved there only when it is complete, so
+# that a kill leaves nothing that looks finished.
+$(STAMP): requirements.lock requirements-dev.txt
+	@sh setup.sh $(VENV)
+
+quickstart: $(STAMP)
+	@$(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
+
+test: $(STAMP)
+	@sh tests/slurm/install.sh
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
+
+check: lint types
+
+lint: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	@$(VENV)/bin/mypy
+
+# Pins what is installed now, for requirements.lock.
+lock: $(STAMP)
+	@$(PYTHON) -m pip list --format=freeze --exclude pip --exclude setuptools --exclude unimoe-mcore > requirements.lock
+
+clean:
+	rm -rf $(VENV) runs data cache

@@ -1,0 +1,1 @@
+"""Shards: sample schema, writer, index, integrity."""

@@ -1,0 +1,163 @@
+"""Hydra composes a recipe; what does not fit the typed dataclasses is refused, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.validate import validate
+
+# Every recipe's first default: gives all keys their types and default values.
+ConfigStore.instance().store(name="recipe_schema", node=Recipe)
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def compose_recipe(
+    name: str,
+    overrides: Sequence[str] = (),
+    folder: Path = RECIPES,
+    world_size: int | None = None,
+) -> Recipe:
+    """Compose, type-check and validate a recipe.
+
+    Args:
+        name: a file of ``recipes/`` without ``.yaml``.
+        overrides: Hydra overrides such as ``trainer.lr=1e-4``.
+        world_size: processes of the run; None to assume ``parallel.processes``.
+
+    Raises:
+        UserError: with every problem found, before anything starts.
+    """
+    available = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in available:
+        raise UserError(f"There is no recipe {name!r} in {folder}: choose {', '.join(available)}.")
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+        composed = _compose(name, overrides)
+    return typed(composed, world_size)
+
+
+def _compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    problems = []
+    try:
+        return _plain(compose(name, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        whole = str(error)
+    for override in overrides:  # Hydra stops at the first bad one: name all of them
+        try:
+            compose(name, overrides=[override])
+        except (HydraException, OmegaConfBaseException) as error:
+            problems.append(f"{override!r}: {_first_line(error)}")
+    raise UserError(_sentence(problems or [whole.splitlines()[0]]))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return plain
+
+
+def _first_line(error: Exception) -> str:
+    if "To append to your config use" in str(error) or "not in '" in str(error):
+        return "there is no such key"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return str(cause).strip().splitlines()[0].rstrip(".")
+
+
+def _sentence(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"The recipe is wrong: {problems[0]}."
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    return f"The recipe has {len(problems)} problems:{listed}"
+
+
+def typed(plain: dict[str, Any], world_size: int | None = None) -> Recipe:
+    """A recipe object from a plain nested dict.
+
+    Raises:
+        UserError: with every unknown key, wrong type and impossible value.
+    """
+    problems = list(_type_problems(Recipe, plain, ""))
+    if problems:
+        raise UserError(_sentence(problems))
+    merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
+    recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    problems = validate(recipe, world_size)
+    if problems:
+        raise UserError(_sentence(problems))
+    return recipe
+
+
+def _type_problems(kind: Any, value: Any, key: str) -> Iterator[str]:
+    """Unknown keys and values of another type, down to the leaves."""
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            yield f"{key or 'the recipe'} is {value!r}, it must be a group of settings"
+            return
+        fields = get_type_hints(kind)
+        for name, inner in value.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name not in fields:
+                yield f"there is no key {path} (known here: {', '.join(fields)})"
+            else:
+                yield from _type_problems(fields[name], inner, path)
+    elif get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            yield f"{key} is {value!r}, it must map names to values"
+            return
+        for name, inner in value.items():
+            yield from _type_problems(get_args(kind)[1], inner, f"{key}.{name}")
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            yield f"{key} is {value!r}, it must be a list"
+            return
+        for number, inner in enumerate(value):
+            yield from _type_problems(get_args(kind)[0], inner, f"{key}[{number}]")
+    elif not _fits(kind, value):
+        yield f"{key} is {value!r}, it must be {_WORDS[kind]}"
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _fits(kind: type, value: Any) -> bool:
+    if kind is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+            try:
+                float(value)
+            except ValueError:
+                return False
+            return True
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+
+
+def load(path: Path, world_size: int | None = None) -> Recipe:
+    """A recipe from a resolved file.
+
+    Raises:
+        UserError: if the file is missing or wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no resolved recipe at {path}: compose it first.")
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
+    return typed(plain, world_size)

@@ -1,0 +1,94 @@
+"""How a run is trained, logged, saved and judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PRECISIONS = ("auto", "bf16", "fp32")
+SPLITS = ("val", "test")
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out questions.
+
+    Attributes:
+        split: ``val`` to choose settings, ``test`` to report.
+        before: also judge the model before the first step.
+        after: judge the model after the last step.
+        routing: also record which experts the held-out tokens go to (stage 3).
+    """
+
+    split: str = "test"
+    before: bool = False
+    after: bool = True
+    routing: bool = True
+
+
+@dataclass
+class TrainerConfig:
+    """Optimisation (AdamW, cosine with linear warm-up), precision, checkpoints.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: highest learning rate.
+        min_lr: lowest learning rate as a fraction of ``lr``, reached at the last step.
+        warmup: steps of linear warm-up.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        eps: AdamW's.
+        clip: largest gradient norm; 0 does not clip.
+        precision: ``bf16`` (bf16 weights and activations, fp32 main weights and gradients),
+            ``fp32``, or ``auto``: whichever this machine is fast in.
+        seed: of every weight that the run itself initialises.
+        checkpoint_every: steps between checkpoints; one is also written after the last step.
+        keep: newest checkpoints that are kept.
+        log_every: steps between the lines printed where there is no terminal.
+        threads: CPU threads per process; 0 leaves it to the environment.
+    """
+
+    steps: int = 300
+    lr: float = 1e-3
+    min_lr: float = 0.05
+    warmup: int = 30
+    weight_decay: float = 0.02
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    clip: float = 1.0
+    precision: str = "auto"
+    seed: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+    log_every: int = 20
+    threads: int = 1
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class LoggingConfig:
+    """Mirrors of the run directory; they may fail without harm.
+
+    Attributes:
+        wandb: ``disabled``, ``offline`` or ``online``.
+        project: wandb's project.
+    """
+
+    wandb: str = "disabled"
+    project: str = "unimoe"
+
+
+@dataclass
+class PathsConfig:
+    """Where things are.
+
+    Attributes:
+        runs: run directories.
+        data: built data sets.
+        cache: features of frozen encoders, token lengths; may be deleted at any time.
+        packages: downloaded Debian packages.
+    """
+
+    runs: str = "runs"
+    data: str = "data"
+    cache: str = "cache"
+    packages: str = "cache/packages"

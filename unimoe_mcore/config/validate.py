@@ -1,0 +1,182 @@
+"""Checks of a composed recipe; every problem is reported, not only the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
+from unimoe_mcore.config.parallel import check_layout
+from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import KINDS
+from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
+from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
+
+COMPOSITIONS = ("mixed",)
+DEALINGS = ("balanced",)
+LORA_TARGETS = ("attention", "mlp", "experts")
+WANDB_MODES = ("disabled", "offline", "online")
+
+
+def validate(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """Everything that is wrong with a recipe, a sentence each; empty if nothing is.
+
+    Args:
+        world_size: processes of the run; None to assume ``parallel.processes``.
+    """
+    problems = [
+        *_choices(recipe),
+        *_stage(recipe),
+        *_language(recipe.model.language),
+        *_trainer(recipe.trainer),
+        *_data(recipe),
+    ]
+    for name, tower in recipe.model.towers.items():
+        problems += _tower(name, tower)
+    if not problems:
+        problems += check_layout(recipe.parallel, world_size or recipe.parallel.processes)
+        problems += _experts(recipe)
+    return problems
+
+
+def _choices(recipe: Recipe) -> Iterator[str]:
+    for key, value, allowed in (
+        ("stage.kind", recipe.stage.kind, KINDS),
+        ("model.moe.placement", recipe.model.moe.placement, PLACEMENTS),
+        ("data.compose", recipe.data.compose, COMPOSITIONS),
+        ("data.deal", recipe.data.deal, DEALINGS),
+        ("trainer.precision", recipe.trainer.precision, PRECISIONS),
+        ("trainer.evaluation.split", recipe.trainer.evaluation.split, SPLITS),
+        ("logging.wandb", recipe.logging.wandb, WANDB_MODES),
+        *(("stage.lora.targets", target, LORA_TARGETS) for target in recipe.stage.lora.targets),
+    ):
+        if value not in allowed:
+            yield f"{key} is {value!r}, it must be one of {', '.join(allowed)}"
+
+
+def _stage(recipe: Recipe) -> Iterator[str]:
+    stage = recipe.stage
+    if not recipe.name or "/" in recipe.name or recipe.name.startswith("."):
+        yield f"name is {recipe.name!r}, it must be a plain folder name"
+    if stage.kind != "base" and not stage.base:
+        yield f"stage.base is empty, a {stage.kind} stage needs a base to stand on"
+    if stage.kind == "expert":
+        if stage.expert not in recipe.model.towers:
+            known = ", ".join(recipe.model.towers)
+            yield f"stage.expert is {stage.expert!r}, it must name a tower ({known})"
+        if not stage.start:
+            yield "stage.start is empty, an expert stage needs the connectors of stage 1"
+    if stage.kind == "moe" and len(stage.experts) < max(2, recipe.model.moe.top_k):
+        yield (
+            f"stage.experts names {len(stage.experts)} experts, a mixture with top_k="
+            f"{recipe.model.moe.top_k} needs at least {max(2, recipe.model.moe.top_k)}"
+        )
+    if stage.kind != "moe" and stage.experts:
+        yield f"stage.experts is given, but only a moe stage has experts, not a {stage.kind} stage"
+    for tower in stage.connectors:
+        if tower not in recipe.model.towers:
+            yield f"stage.connectors names {tower!r}, which is no tower of model.towers"
+    yield from _parts(recipe)
+
+
+def _parts(recipe: Recipe) -> Iterator[str]:
+    stage = recipe.stage
+    known = ["embeddings", "norms", "attention", "mlp", "router", "experts", "lora", "connectors"]
+    known += [f"connector.{tower}" for tower in recipe.model.towers]
+    for part in stage.train:
+        if part not in known:
+            yield f"stage.train names {part!r}, known parts are {', '.join(known)}"
+    if not stage.train:
+        yield "stage.train is empty, a stage must train something"
+    if "lora" in stage.train and not stage.lora.targets:
+        yield "stage.train names lora, but stage.lora.targets is empty"
+    if stage.lora.targets and "lora" not in stage.train:
+        yield "stage.lora.targets is given, but stage.train does not name lora"
+    if stage.lora.rank < 1:
+        yield f"stage.lora.rank is {stage.lora.rank}, it must be at least 1"
+
+
+def _language(language: LanguageConfig) -> Iterator[str]:
+    for key in ("blocks", "hidden", "ffn", "heads", "kv_heads", "vocabulary", "max_tokens"):
+        if getattr(language, key) < 1:
+            yield f"model.language.{key} is {getattr(language, key)}, it must be at least 1"
+            return
+    if language.hidden % language.heads:
+        yield (
+            f"model.language.hidden={language.hidden} is not divisible by "
+            f"model.language.heads={language.heads}"
+        )
+    if language.heads % language.kv_heads:
+        yield (
+            f"model.language.heads={language.heads} is not divisible by "
+            f"model.language.kv_heads={language.kv_heads}"
+        )
+
+
+def _trainer(trainer: TrainerConfig) -> Iterator[str]:
+    for key in ("steps", "checkpoint_every", "keep", "log_every"):
+        if getattr(trainer, key) < 1:
+            yield f"trainer.{key} is {getattr(trainer, key)}, it must be at least 1"
+    for key in ("lr", "eps"):
+        if not getattr(trainer, key) > 0:
+            yield f"trainer.{key} is {getattr(trainer, key)}, it must be greater than 0"
+    for key in ("warmup", "weight_decay", "clip", "min_lr", "threads"):
+        if not getattr(trainer, key) >= 0:
+            yield f"trainer.{key} is {getattr(trainer, key)}, it must not be negative"
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        yield f"trainer.betas is {list(trainer.betas)}, it must be two numbers from 0 to below 1"
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    for key in ("global_samples", "tokens_per_microbatch", "pad_to"):
+        if getattr(data, key) < 1:
+            yield f"data.{key} is {getattr(data, key)}, it must be at least 1"
+    if not data.datasets:
+        yield "data.datasets is empty, a run needs at least one dataset"
+    for name, factor in data.datasets.items():
+        if not factor > 0:
+            yield f"data.datasets.{name} is {factor}, it must be greater than 0"
+
+
+def _tower(name: str, tower: TowerConfig) -> Iterator[str]:
+    prefix = f"model.towers.{name}"
+    if tower.frame_order not in FRAME_ORDERS:
+        yield (
+            f"{prefix}.frame_order is {tower.frame_order!r}, it must be one of "
+            f"{', '.join(FRAME_ORDERS)}"
+        )
+    for key in ("resolution", "frames"):
+        if getattr(tower.encoder, key) < 1:
+            yield f"{prefix}.encoder.{key} is {getattr(tower.encoder, key)}, it must be at least 1"
+    for key in ("stack", "max_tokens", "queries", "layers", "heads"):
+        if getattr(tower.connector, key) < 1:
+            value = getattr(tower.connector, key)
+            yield f"{prefix}.connector.{key} is {value}, it must be at least 1"
+    if not tower.encoder.max_seconds > 0:
+        yield f"{prefix}.encoder.max_seconds is {tower.encoder.max_seconds}, it must be above 0"
+
+
+def _experts(recipe: Recipe) -> Iterator[str]:
+    language, parallel = recipe.model.language, recipe.parallel
+    if recipe.stage.kind == "moe":
+        experts = len(recipe.stage.experts)
+        if experts % parallel.expert:
+            yield (
+                f"parallel.expert={parallel.expert} does not divide the {experts} experts of "
+                f"stage.experts"
+            )
+        if not moe_blocks(recipe.model.moe.placement, language.blocks):
+            yield f"model.moe.placement={recipe.model.moe.placement} leaves no block with experts"
+    elif parallel.expert > 1:
+        yield f"parallel.expert={parallel.expert}, but a {recipe.stage.kind} stage has no experts"
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if language.blocks % stages:
+        yield f"{language.blocks} blocks cannot be divided evenly over {stages} pipeline stages"
+    for key in ("heads", "kv_heads", "ffn", "vocabulary"):
+        if getattr(language, key) % parallel.tensor:
+            yield (
+                f"model.language.{key}={getattr(language, key)} is not divisible by "
+                f"parallel.tensor={parallel.tensor}"
+            )
+    if recipe.data.pad_to % parallel.tensor:
+        yield f"data.pad_to={recipe.data.pad_to} is not divisible by parallel.tensor"

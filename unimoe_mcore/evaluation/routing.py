@@ -1,0 +1,69 @@
+"""Which experts tokens go to: recorded from the routers of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from data_pipeline.reading.collate import MicroBatch
+from unimoe_mcore.model.unimoe import UniMoEModel
+
+
+class RoutingRecorder:
+    """Within its context, keeps the routing map of every MoE layer and micro-batch.
+
+    Layers are named by the transformer block they belong to. Covers the whole row of tokens, so
+    it needs a layout without sequence parallelism, and this pipeline stage's layers only.
+    """
+
+    def __init__(self, chunks: Sequence[UniMoEModel], enabled: bool) -> None:
+        self._maps: dict[int, list[Tensor]] = {}
+        self._routers: dict[int, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+        if not enabled:
+            return
+        for chunk in chunks:
+            for layer in chunk.language_model.decoder.layers:
+                for module in layer.modules():
+                    if isinstance(module, TopKRouter):
+                        self._routers[(layer.layer_number - 1) // 2] = module
+
+    def __enter__(self) -> RoutingRecorder:
+        for block, router in self._routers.items():
+            maps = self._maps.setdefault(block, [])
+
+            def keep(_: Any, __: Any, output: tuple[Tensor, Tensor], maps: Any = maps) -> None:
+                maps.append(output[1].detach().bool())
+
+            self._hooks.append(router.register_forward_hook(keep))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def counts(self, microbatch: int, batch: MicroBatch) -> dict[str, Tensor]:
+        """Tokens of every sample of a micro-batch that each expert got, by block.
+
+        Returns:
+            Block number -> ``[samples, experts]`` int64.
+        """
+        samples = len(batch.samples)
+        place = batch.sample[0].cpu() % (samples + 1)  # padding, -1, is counted apart
+        found = {}
+        for block, maps in sorted(self._maps.items()):
+            chosen = maps[microbatch].long().cpu()
+            counts = torch.zeros(samples + 1, chosen.shape[1], dtype=torch.int64)
+            found[str(block)] = counts.index_add_(0, place, chosen)[:samples]
+        return found

@@ -1,0 +1,48 @@
+"""Where each tensor of a stage's model comes from: base, expert artefacts, connectors, or fresh.
+
+Pure bookkeeping over names; ``unimoe_mcore.checkpoints.loading`` does the reading.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+EXPERTS = re.compile(r"\.mlp\.experts\.experts\.(linear_fc[12]\.weight)$")
+"""Stacked expert weights, ``[experts, out, in]`` on disk."""
+
+_FRESH = re.compile(r"\.lora_[ab]\.|\.mlp\.router\.")
+_CONNECTOR = re.compile(r"^connector\.([^.]+)\.")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Source of a tensor.
+
+    Attributes:
+        kind: ``base``, ``experts`` (slice e of the first axis is the dense weight ``name`` of
+            expert e's artefact), ``connector`` or ``fresh`` (initialised by this run).
+        name: the tensor's name in its source.
+        tower: for a connector, its tower.
+    """
+
+    kind: str
+    name: str
+    tower: str = ""
+
+
+def origin(name: str) -> Origin:
+    """Where the tensor called ``name`` on disk comes from in a stage that stands on a base."""
+    connector = _CONNECTOR.match(name)
+    if connector:
+        return Origin("connector", name, connector[1])
+    if _FRESH.search(name):
+        return Origin("fresh", name)
+    if EXPERTS.search(name):
+        return Origin("experts", EXPERTS.sub(r".mlp.\1", name))
+    return Origin("base", name)
+
+
+def is_mlp(name: str) -> bool:
+    """Whether a base's tensor belongs to the MLPs that become experts."""
+    return re.search(r"\.mlp\.linear_fc[12]\.weight$", name) is not None

@@ -1,0 +1,112 @@
+"""From a recipe to a model on this rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.model.initialise import seeded_by_name
+from unimoe_mcore.model.language import language_spec, transformer_config
+from unimoe_mcore.model.lora import add_lora
+from unimoe_mcore.model.towers.encoders import build_encoder
+from unimoe_mcore.model.towers.feature_cache import FeatureCache
+from unimoe_mcore.model.towers.tower import Tower
+from unimoe_mcore.model.unimoe import UniMoEModel
+
+
+def expert_count(recipe: Recipe) -> int:
+    """Experts per MoE block; 0 for the dense model of the stages before the last."""
+    return len(recipe.stage.experts) if recipe.stage.kind == "moe" else 0
+
+
+def build_model(
+    recipe: Recipe,
+    groups: ProcessGroupCollection,
+    markers: dict[str, int],
+    dtype: torch.dtype,
+    kernels: dict[str, Any],
+    vp_stage: int | None = None,
+) -> UniMoEModel:
+    """One model chunk: towers on the first pipeline stage, its share of the layers, LoRA.
+
+    A ``base`` stage has no towers. Weights are not loaded here.
+
+    Args:
+        markers: token id of each modality's marker.
+        dtype: of weights and activations.
+        kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+        vp_stage: virtual pipeline stage, or None.
+    """
+    experts, parallel = expert_count(recipe), recipe.parallel
+    config = transformer_config(
+        recipe.model.language, recipe.model.moe, experts, parallel, dtype, kernels
+    )
+    virtual = vp_stage or 0
+    language = language_spec(
+        config,
+        recipe.model.language,
+        recipe.model.moe,
+        experts,
+        parallel,
+        groups,
+        pre_process=groups.pp.rank() == 0 and virtual == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1
+        and virtual == parallel.virtual_pipeline - 1,
+        vp_stage=vp_stage,
+    )
+    towers = {} if recipe.stage.kind == "base" else _tower_specs(recipe, groups)
+    model = UniMoEModel(
+        MimoModelConfig(
+            language_model_spec=language,
+            modality_submodules_spec=towers,
+            special_token_ids=markers,
+        ),
+        groups,
+    )
+    _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
+    if recipe.stage.lora.targets:
+        add_lora(model.language_model, recipe.stage.lora)
+    return model.to(dtype)
+
+
+def _tower_specs(recipe: Recipe, groups: ProcessGroupCollection) -> dict[str, ModuleSpec]:
+    return {
+        name: ModuleSpec(
+            module=_TowerFactory,
+            params={"recipe": recipe, "name": name, "groups": groups},
+        )
+        for name in recipe.model.towers
+    }
+
+
+class _TowerFactory:
+    """What ``MimoModel`` calls to make a tower from its spec."""
+
+    @staticmethod
+    def from_spec(spec: ModuleSpec, **_: bool) -> Tower:
+        recipe, name = spec.params["recipe"], spec.params["name"]
+        config = recipe.model.towers[name]
+        features = FeatureCache(
+            Path(recipe.paths.cache) / "features", build_encoder(config.encoder)
+        )
+        with seeded_by_name(recipe.trainer.seed, f"connector.{name}"):
+            hidden = recipe.model.language.hidden
+            return Tower(name, config, features, hidden, spec.params["groups"])
+
+
+def _check_layers(
+    model: UniMoEModel, layers: int, groups: ProcessGroupCollection, virtual: int
+) -> None:
+    """Refuse a model of which a pipeline pattern left layers out (Megatron says nothing)."""
+    built = len(model.language_model.decoder.layers)
+    if built * groups.pp.size() * virtual != layers:
+        raise RuntimeError(
+            f"this stage has {built} layers, {groups.pp.size()} x {virtual} stages make "
+            f"{built * groups.pp.size() * virtual}, but the model has {layers}"
+        )

@@ -1,0 +1,180 @@
+"""The language model: Megatron's HybridModel with Llama-shaped layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from unimoe_mcore.config.model import LanguageConfig, MoEConfig, layer_pattern
+from unimoe_mcore.config.parallel import ParallelConfig
+from unimoe_mcore.model.attention import PackedAttention
+from unimoe_mcore.runtime.groups import layout_flags
+
+
+def transformer_config(
+    language: LanguageConfig,
+    moe: MoEConfig,
+    experts: int,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    kernels: dict[str, Any],
+) -> TransformerConfig:
+    """Megatron's configuration of the language model.
+
+    Args:
+        experts: experts per MoE block; 0 for a dense model.
+        dtype: of weights and activations.
+        kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+    """
+    sparse: dict[str, Any] = {}
+    if experts:
+        sparse = {
+            "num_moe_experts": experts,
+            "moe_ffn_hidden_size": language.ffn,
+            "moe_router_topk": moe.top_k,
+            # Uni-MoE: top-k of the raw logits, softmax over the chosen ones, in fp32.
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "softmax",
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    return TransformerConfig(
+        num_layers=2 * language.blocks,
+        # Without it output layers start sqrt(2) too small: HybridModel counts two layers a block.
+        is_hybrid_model=True,
+        hidden_size=language.hidden,
+        ffn_hidden_size=language.ffn,
+        num_attention_heads=language.heads,
+        num_query_groups=language.kv_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=language.init_std,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        # Packed rows differ in length from one micro-batch to the next.
+        variable_seq_lengths=True,
+        calculate_per_token_loss=True,
+        **layout_flags(parallel),
+        **sparse,
+        **kernels,
+    )
+
+
+def stack_spec(experts: int) -> ModuleSpec:
+    """HybridModel's layers, built from Megatron's own modules that need no Transformer Engine."""
+    norm, residual = WrappedTorchNorm, get_bias_dropout_add
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    dense = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    layers: dict[str, Any] = {
+        "attention_layer": ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm, self_attention=attention, self_attn_bda=residual
+            ),
+        ),
+        "mlp_layer": ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm, mlp=dense, mlp_bda=residual
+            ),
+        ),
+    }
+    if experts:
+        moe = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
+        layers["moe_layer"] = ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm, mlp=moe, mlp_bda=residual
+            ),
+        )
+    return ModuleSpec(
+        module=hybrid_block.HybridStack,
+        submodules=hybrid_block.HybridStackSubmodules(**layers),
+    )
+
+
+def pipeline_pattern(pattern: str, parallel: ParallelConfig) -> str:
+    """The layer pattern with ``|`` between pipeline stages, each of whole blocks.
+
+    Raises:
+        ValueError: if the blocks cannot be divided evenly.
+    """
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    blocks = len(pattern) // 2
+    if blocks % stages:
+        raise ValueError(f"{blocks} blocks cannot be divided over {stages} pipeline stages")
+    width = len(pattern) // stages
+    return "|".join(pattern[i : i + width] for i in range(0, len(pattern), width))
+
+
+def language_spec(
+    config: TransformerConfig,
+    language: LanguageConfig,
+    moe: MoEConfig,
+    experts: int,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> ModuleSpec:
+    """HybridModel with its arguments, ready for ``MimoModelConfig``."""
+    return ModuleSpec(
+        module=HybridModel,
+        params={
+            "config": config,
+            "hybrid_stack_spec": stack_spec(experts),
+            "vocab_size": language.vocabulary,
+            "max_sequence_length": language.max_tokens,
+            "hybrid_layer_pattern": pipeline_pattern(
+                layer_pattern(language, moe, experts), parallel
+            ),
+            "position_embedding_type": "rope",
+            "rotary_base": language.rope_base,
+            "share_embeddings_and_output_weights": language.tied,
+            "pre_process": pre_process,
+            "post_process": post_process,
+            # MimoModel splices media before it scatters the sequence itself.
+            "scatter_embedding_sequence_parallel": False,
+            "pg_collection": groups,
+            "vp_stage": vp_stage,
+        },
+    )

@@ -1,0 +1,96 @@
+"""Uni-MoE: towers, spliced into a sparse language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from data_pipeline.reading.collate import MicroBatch
+
+
+class UniMoEModel(MimoModel):
+    """``MimoModel`` with another forward pass.
+
+    Towers run on the first pipeline stage, always, with an empty batch where a modality is
+    absent; the padding mask and the loss mask reach the language model; and what Megatron's
+    schedules and gradient finalisation ask of a model is handed through. (Upstream's forward
+    fails on a later pipeline stage and drops the padding mask.)
+    """
+
+    def __init__(self, config: MimoModelConfig, groups: Any) -> None:
+        if not config.language_model_spec.params["pre_process"]:
+            config.modality_submodules_spec = {}
+        super().__init__(config, tp_group=groups.tp)
+        self.groups = groups
+
+    pre_process = property(lambda self: self.language_model.pre_process)
+    post_process = property(lambda self: self.language_model.post_process)
+    vp_stage = property(lambda self: self.language_model.vp_stage)
+    model_type = property(lambda self: self.language_model.model_type)
+    share_embeddings_and_output_weights = property(
+        lambda self: self.language_model.share_embeddings_and_output_weights
+    )
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied embedding, for Megatron's gradient finalisation over pipeline stages."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(self, batch: MicroBatch, with_loss: bool = True) -> Tensor:  # type: ignore[override]
+        """One packed micro-batch.
+
+        Args:
+            batch: on this model's device.
+            with_loss: return losses instead of logits.
+
+        Returns:
+            On the last pipeline stage the loss of every token ``[1, tokens]`` (fp32), or the
+            logits ``[1, tokens, vocabulary / TP]``; on other stages the hidden states
+            ``[tokens / (TP if sequence parallel), 1, hidden]``.
+        """
+        labels = batch.labels if with_loss else None
+        hidden = self._embed(batch) if self.pre_process else None
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        hidden, labels, loss_mask, packed = self._shard_language_inputs(
+            hidden, labels, batch.loss_mask, packed
+        )
+        padding = batch.padding_mask
+        if self.config.sequence_parallel:
+            # HybridModel passes the mask on whole, but its layers hold a part of the tokens.
+            tp = self.groups.tp
+            padding = padding.chunk(tp.size(), 1)[tp.rank()]
+        return self.language_model(
+            input_ids=None,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            decoder_input=hidden,
+            labels=labels,
+            loss_mask=loss_mask,
+            padding_mask=padding,
+            packed_seq_params=packed,
+        )
+
+    def _embed(self, batch: MicroBatch) -> Tensor:
+        """Text embeddings with every tower's tokens in their places, ``[tokens, 1, hidden]``."""
+        parts: dict[str, Tensor] = {}
+        for tower in self.modality_submodules.values():
+            parts.update(tower(batch.media))
+        special = {m: i for m, i in self.special_token_ids.items() if m in parts}
+        parts["text"] = self.get_text_embeddings(batch.input_ids, batch.position_ids, special)
+        parts = {m: part.to(parts["text"].dtype) for m, part in parts.items()}
+        return self.align_embeddings_by_token_positions(parts, batch.input_ids, special)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters on this rank: all of them, and those that train."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

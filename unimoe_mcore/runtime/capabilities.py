@@ -1,0 +1,235 @@
+"""The one place where kernels are chosen, each choice with its reason.
+
+``look()`` finds out what is installed, ``choose()`` decides (a pure function, so that any machine
+can be imagined in a test), ``transformer_flags()`` says it in Megatron's words. Line numbers are
+those of megatron-core 0.19.2.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class Choice[T]:
+    """A decision and why it was made.
+
+    Attributes:
+        value: what was chosen.
+        reason: half a sentence for a user.
+    """
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is installed here, before anything is decided. Every value says "is there and works".
+
+    Attributes:
+        cuda: a CUDA device.
+        transformer_engine: NVIDIA's Transformer Engine.
+        apex: NVIDIA's Apex with its CUDA extensions (not PyPI's package of that name).
+        wgrad: ``fused_weight_gradient_mlp_cuda``, an extension of Apex.
+        deep_ep: DeepEP, the kernels behind Megatron's flex dispatcher.
+    """
+
+    cuda: Choice[bool]
+    transformer_engine: Choice[bool]
+    apex: Choice[bool]
+    wgrad: Choice[bool]
+    deep_ep: Choice[bool]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Which kernels are used.
+
+    Attributes:
+        cuda: whether there is a CUDA device.
+        transformer_engine: whether layers are built of Transformer Engine's modules.
+        adam: ``transformer_engine``, ``apex`` or ``torch`` (``runtime.adam``).
+        attention: ``transformer_engine`` or ``sdpa`` (torch's scaled dot product attention).
+        grouped_gemm: the experts of a rank in one grouped matrix product.
+        dispatcher: ``flex`` (DeepEP) or ``alltoall``.
+        permute_fusion: tokens sorted by expert in one kernel.
+        rope_fusion: rotary embedding in one kernel.
+        weight_gradient_fusion: weight gradients added to the buffer inside the matrix product.
+        compiled_fusions: the element-wise fusions that Megatron leaves to ``torch.compile``.
+    """
+
+    cuda: Choice[bool]
+    transformer_engine: Choice[bool]
+    adam: Choice[str]
+    attention: Choice[str]
+    grouped_gemm: Choice[bool]
+    dispatcher: Choice[str]
+    permute_fusion: Choice[bool]
+    rope_fusion: Choice[bool]
+    weight_gradient_fusion: Choice[bool]
+    compiled_fusions: Choice[bool]
+
+
+MINIMUM_TE = Version("2.1")
+"""Oldest Transformer Engine with every fusion used here (moe_utils.py:391 asks for 2.1)."""
+
+
+@cache
+def detect() -> Capabilities:
+    """Look at this machine and choose; the answer does not change while the process lives."""
+    return choose(look())
+
+
+def look() -> Machine:
+    """Find out what is installed. Imports no kernel package where there is no CUDA device."""
+    cuda = probe_cuda()
+    return Machine(
+        cuda=cuda,
+        transformer_engine=probe_transformer_engine(cuda.value),
+        apex=probe_apex(),
+        wgrad=_probe_module("fused_weight_gradient_mlp_cuda"),
+        deep_ep=_probe_module("deep_ep"),
+    )
+
+
+def probe_cuda() -> Choice[bool]:
+    """Whether torch sees a CUDA device, and how many of which kind."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "torch was built without CUDA" if built is None else "no CUDA device or driver"
+        return Choice(False, f"{why}: CPU and gloo")
+    return Choice(True, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+
+
+def probe_transformer_engine(cuda: bool) -> Choice[bool]:
+    """Whether Transformer Engine is there, recent enough, and can be imported.
+
+    It is imported only where there is a CUDA device: elsewhere it is of no use.
+    """
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return Choice(False, "not installed")
+    if Version(version) < MINIMUM_TE:
+        return Choice(False, f"{version} is installed, {MINIMUM_TE} or newer is needed")
+    if cuda:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
+            return Choice(False, f"{version} is installed but cannot be imported: {error}")
+    return Choice(True, version)
+
+
+def probe_apex() -> Choice[bool]:
+    """Whether the installed ``apex`` is NVIDIA's, built with its CUDA extensions.
+
+    PyPI's ``apex`` is a web toolkit of 2013; ``import apex`` alone, which is how Megatron asks in
+    some places (``models/backends.py:27``), takes it for NVIDIA's.
+    """
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return Choice(False, "not installed")
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    needed = ("multi_tensor_apply", "optimizers")
+    if not all(any((folder / name).is_dir() for folder in folders) for name in needed):
+        return Choice(
+            False, "the package named apex is not NVIDIA's; remove it: pip uninstall apex"
+        )
+    if importlib.util.find_spec("amp_C") is None:
+        return Choice(False, "NVIDIA Apex was installed without its CUDA extensions (amp_C)")
+    return Choice(True, "NVIDIA Apex with amp_C")
+
+
+def choose(machine: Machine) -> Capabilities:
+    """Decide on every kernel from what is installed."""
+    te = machine.transformer_engine
+    if te.value and not machine.cuda.value:
+        te = Choice(False, f"{te.reason} is installed, but its kernels need CUDA")
+    by_te = "Transformer Engine's" if te.value else f"needs Transformer Engine: {te.reason}"
+    return Capabilities(
+        cuda=machine.cuda,
+        transformer_engine=te,
+        adam=_choose_adam(machine, te),
+        attention=Choice("transformer_engine", by_te)
+        if te.value
+        else Choice("sdpa", "torch's own, on any device"),
+        grouped_gemm=Choice(te.value, by_te),
+        dispatcher=_choose_dispatcher(machine),
+        permute_fusion=Choice(te.value, by_te),
+        rope_fusion=Choice(te.value, by_te),
+        weight_gradient_fusion=_with_cuda(machine, machine.wgrad),
+        compiled_fusions=Choice(
+            machine.cuda.value,
+            "torch.compile for the GPU"
+            if machine.cuda.value
+            else "compiling takes longer than it saves on the CPU",
+        ),
+    )
+
+
+def transformer_flags(capabilities: Capabilities, expert_ranks: int = 1) -> dict[str, Any]:
+    """The fields of Megatron's ``TransformerConfig`` that say which kernels are used.
+
+    Args:
+        capabilities: from ``detect()``.
+        expert_ranks: tensor x expert parallel ranks; DeepEP needs more than one
+            (``token_dispatcher.py:1770``).
+    """
+    compiled = capabilities.compiled_fusions.value
+    flags: dict[str, Any] = {
+        # On the CPU too: Megatron's own CPU initialisation gives every expert-parallel rank the
+        # same expert weights.
+        "use_cpu_initialization": False,
+        "gradient_accumulation_fusion": capabilities.weight_gradient_fusion.value,
+        # Kernels of Megatron's own attention and of Apex's norm, neither of which is used here.
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_activation_fusion": compiled,
+        "bias_dropout_fusion": compiled,
+        "cross_entropy_loss_fusion": compiled,
+        "apply_rope_fusion": capabilities.rope_fusion.value,
+        "moe_permute_fusion": capabilities.permute_fusion.value,
+        "moe_grouped_gemm": capabilities.grouped_gemm.value,
+        "moe_token_dispatcher_type": "alltoall",
+        # No CUDA graphs; the default, "full", is deprecated and warns on every construction.
+        "cuda_graph_modules": [],
+    }
+    if capabilities.dispatcher.value == "flex" and expert_ranks > 1:
+        flags["moe_token_dispatcher_type"] = "flex"
+        flags["moe_flex_dispatcher_backend"] = "deepep"
+    return flags
+
+
+def _choose_adam(machine: Machine, te: Choice[bool]) -> Choice[str]:
+    if te.value:
+        return Choice("transformer_engine", "FusedAdam of Transformer Engine")
+    if machine.apex.value and machine.cuda.value:
+        return Choice("apex", "FusedAdam of NVIDIA Apex")
+    return Choice("torch", "torch's fused kernel; neither Transformer Engine nor NVIDIA Apex here")
+
+
+def _choose_dispatcher(machine: Machine) -> Choice[str]:
+    usable = _with_cuda(machine, machine.deep_ep)
+    if usable.value:
+        return Choice("flex", "DeepEP is installed")
+    return Choice("alltoall", f"flex needs DeepEP: {usable.reason}")
+
+
+def _with_cuda(machine: Machine, kernel: Choice[bool]) -> Choice[bool]:
+    if kernel.value and not machine.cuda.value:
+        return Choice(False, "installed, but needs CUDA")
+    return kernel
+
+
+def _probe_module(name: str) -> Choice[bool]:
+    found = importlib.util.find_spec(name) is not None
+    return Choice(found, f"{name} is installed" if found else f"{name} is not installed")

@@ -1,0 +1,30 @@
+"""Keeps Megatron's harmless remarks off the terminal; everything else still gets through."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+IMPORT_WARNINGS = (
+    r"Transformer Engine and Apex are not installed\. Falling back to",
+    r"Apex is not installed\. Falling back to Torch Norm",
+    r"absl\.logging is not installed\.",
+    r"MimoModelConfig is experimental",
+)
+"""What Megatron-Core 0.19.2 warns about as it is imported. The choices behind the first two are
+``runtime.capabilities``'s, and ``python -m unimoe_mcore.doctor`` shows them with their reasons."""
+
+LOG_LINES = {"torch.utils.cpp_extension": "No CUDA runtime is found"}
+"""Logger -> beginning of the line that it writes on a machine with a CUDA toolkit and no device."""
+
+
+def silence_import_remarks() -> None:
+    """Filter exactly ``IMPORT_WARNINGS`` and ``LOG_LINES``; call it before Megatron is imported."""
+    for message in IMPORT_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    for logger in LOG_LINES:
+        logging.getLogger(logger).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOG_LINES[record.name])

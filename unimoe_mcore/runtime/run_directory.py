@@ -1,0 +1,127 @@
+"""The run directory: the truth about a run.
+
+``runs/<name>/`` holds ``config.yaml`` (resolved), ``version.json``, ``metrics.jsonl``,
+``events.jsonl``, ``checkpoints/``, ``evaluation/`` and, when the run is done, ``gives/``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "megatron-core", "transformers", "webdataset", "numpy")
+
+
+class RunDirectory:
+    """Paths and records of one run. Only rank 0 writes.
+
+    Attributes:
+        path: the directory.
+        writes: whether this process records anything.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path = path
+        self.writes = writes
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def gives(self) -> Path:
+        """What the finished run gives to later stages."""
+        return self.path / "gives"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a base stage while it is being trained."""
+        return self.path / "tokenizer.json"
+
+    def evaluation(self, name: str) -> Path:
+        """Record of the held-out questions, ``before`` or ``after`` training."""
+        return self.path / "evaluation" / f"{name}.jsonl"
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        self._append("metrics.jsonl", record)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append one line to ``events.jsonl``: something that happens once, with its time."""
+        self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, **facts})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / name).open("a", encoding="utf8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def forget_metrics_from(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run does again, and a half-written line."""
+        path = self.path / "metrics.jsonl"
+        if not self.writes or not path.is_file():
+            return
+        kept = [record for record in read_lines(path) if record["step"] <= step]
+        partial = path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf8")
+        partial.replace(path)
+
+    def write_version(self) -> None:
+        """Record code version, packages and machine."""
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            facts = {**code_version(), **machine()}
+            (self.path / "version.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code (with ``+`` if files differ from it) and package versions."""
+    root = Path(__file__).resolve().parents[2]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "packages": versions}
+    return {"commit": commit + ("+" if changed else ""), "packages": versions}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return {"python": platform.python_version(), "cpu": model, "cores": os.cpu_count()}

@@ -1,0 +1,83 @@
+"""``torchrun -m unimoe_mcore.train``: one run of a stage, on every rank.
+
+Takes the path of a resolved recipe (``python -m unimoe_mcore.compose`` prints it), or a recipe's
+name and Hydra overrides, which rank 0 then composes for all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from unimoe_mcore.runtime.devices import prepare_device
+from unimoe_mcore.runtime.parent import die_with_parent
+
+die_with_parent()
+prepare_device()  # before anything of Megatron is imported
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from unimoe_mcore.compose import prepare_run, speak  # noqa: E402
+from unimoe_mcore.config.composition import compose_recipe, load  # noqa: E402
+from unimoe_mcore.config.errors import UserError  # noqa: E402
+from unimoe_mcore.config.recipe import Recipe  # noqa: E402
+from unimoe_mcore.runtime import groups  # noqa: E402
+from unimoe_mcore.runtime.run_directory import RunDirectory  # noqa: E402
+from unimoe_mcore.training.stage import StageRun  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, evaluate, give."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    recipe = _recipe(arguments)
+    run = RunDirectory(Path(recipe.paths.runs) / recipe.name, writes=_rank() == 0)
+    lock = _lock(run) if run.writes else None
+    torch.set_num_threads(recipe.trainer.threads or torch.get_num_threads())
+    collection = groups.initialise(recipe.parallel, seed=recipe.trainer.seed)
+    try:
+        StageRun(recipe, run, collection).run()
+    finally:
+        if lock is not None:
+            lock.close()
+    dist.barrier()
+    groups.destroy()
+    return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _recipe(arguments: Sequence[str]) -> Recipe:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments[0].endswith(".yaml"):
+        return load(Path(arguments[0]), world)
+    recipe = compose_recipe(arguments[0], arguments[1:], world_size=world)
+    if _rank() == 0:
+        prepare_run(recipe)
+    return recipe
+
+
+def _lock(run: RunDirectory):  # type: ignore[no-untyped-def]
+    """Hold the run directory for as long as this process lives.
+
+    Raises:
+        UserError: if another process trains this run.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = (run.path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{run.path} is being trained by another process.") from error
+    return lock
+
+
+if __name__ == "__main__":
+    sys.exit(speak(main))

@@ -1,0 +1,170 @@
+"""What happens besides the step itself: progress, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.runtime.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step, as callbacks see it.
+
+    Attributes:
+        step: number of steps done, from 1.
+        losses: ``loss`` and ``loss/<group>``, per label token.
+        grad_norm: before clipping.
+        lr: learning rate.
+        label_tokens: of the global batch.
+        tokens: of the global batch, without padding.
+        samples: of the global batch.
+        microbatches: on every rank.
+        seconds: wall time of the step.
+        data_seconds: of these, reading and packing on this rank.
+    """
+
+    step: int
+    losses: dict[str, float]
+    grad_norm: float
+    lr: float
+    label_tokens: int
+    tokens: int
+    samples: int
+    microbatches: int
+    seconds: float
+    data_seconds: float
+
+    def flat(self) -> dict[str, Any]:
+        """As one line of ``metrics.jsonl``."""
+        fields = {k: v for k, v in vars(self).items() if k != "losses"}
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
+        # Losses unrounded: they are what a resumed run is compared by.
+        return {**rounded, **self.losses, "tokens_per_second": round(self.tokens / self.seconds)}
+
+
+class Callback(Protocol):
+    """Something periodic. Every method is called on every rank."""
+
+    def start(self, step: int) -> None:
+        """Before the first step; ``step`` steps were done by an earlier process."""
+
+    def step(self, record: StepRecord) -> None:
+        """After a step."""
+
+    def end(self) -> None:
+        """After the last step."""
+
+
+@dataclass
+class Metrics:
+    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it."""
+
+    run: RunDirectory
+    recipe: Recipe
+    _mirror: Any = None
+
+    def start(self, step: int) -> None:
+        """Drop lines of steps that are done again; open the mirror."""
+        self.run.forget_metrics_from(step)
+        if self.run.writes and self.recipe.logging.wandb != "disabled":
+            self._mirror = _open_wandb(self.run, self.recipe)
+
+    def step(self, record: StepRecord) -> None:
+        """Write one line."""
+        self.run.metrics(record.flat())
+        if self._mirror is not None:
+            self._mirror.log(record.flat(), step=record.step)
+
+    def end(self) -> None:
+        """Close the mirror."""
+        if self._mirror is not None:
+            self._mirror.finish()
+
+
+def _open_wandb(run: RunDirectory, recipe: Recipe) -> Any:
+    """The mirror, or None: wandb may fail without harm to the run."""
+    try:
+        import wandb
+
+        return wandb.init(
+            project=recipe.logging.project,
+            name=recipe.name,
+            id=recipe.name,
+            resume="allow",
+            mode=recipe.logging.wandb,  # type: ignore[arg-type]
+            dir=str(run.path),
+        )
+    except Exception as error:
+        run.event("wandb failed", error=str(error))
+        print(f"wandb is off for this run: {error}", file=sys.stderr)
+        return None
+
+
+@dataclass
+class Progress:
+    """A bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+    name: str
+    steps: int
+    every: int
+    shown: bool
+    _bar: Any = None
+    _began: float = field(default=0.0)
+    _from: int = 0
+
+    def start(self, step: int) -> None:
+        """Show that training begins, and where."""
+        self._began, self._from = time.perf_counter(), step
+        if self.shown and sys.stderr.isatty():
+            self._bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step")
+
+    def step(self, record: StepRecord) -> None:
+        """Show the step's loss and speed."""
+        if not self.shown:
+            return
+        loss = f"{record.losses['loss']:.3f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}", refresh=False)
+            self._bar.update(1)
+        elif record.step % self.every == 0 or record.step == self.steps:
+            done = record.step - self._from
+            each = (time.perf_counter() - self._began) / done
+            left = each * (self.steps - record.step)
+            print(
+                f"{self.name}  step {record.step:>5}/{self.steps}  loss {loss}  "
+                f"{record.tokens / record.seconds:>6.0f} tokens/s  {left:>4.0f} s left",
+                flush=True,
+            )
+
+    def end(self) -> None:
+        """Leave the finished bar on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass
+class Checkpoints:
+    """Saves every ``every`` steps and after the last one."""
+
+    every: int
+    steps: int
+    save: Callable[[int], None]
+
+    def start(self, step: int) -> None:
+        """Nothing to do."""
+
+    def step(self, record: StepRecord) -> None:
+        """Save if it is time."""
+        if record.step % self.every == 0 or record.step == self.steps:
+            self.save(record.step)
+
+    def end(self) -> None:
+        """Nothing to do."""
