@@ -1,0 +1,1 @@
+"""Raw datasets to shards to plan to micro-batches. Imports no Megatron."""

@@ -77,7 +77,7 @@ def build_quickstart(
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         start = time.monotonic()
-        store = PackageStore(Path(packages))
+        store = PackageStore(Path(packages), say)
         plan = Quickstart(store, seed, small, pypi_only)
         for note in plan.notes:
             say(note)

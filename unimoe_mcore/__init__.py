@@ -1,0 +1,1 @@
+"""Uni-MoE on Megatron-Core: the training system."""

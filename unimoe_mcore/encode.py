@@ -78,7 +78,9 @@ def _shown(media: Sequence[Medium], title: str, shown: bool) -> Iterator[Sequenc
         if shown and not terminal and (now - told > 5 or done == len(media)):
             rate = done / (now - began)
             left = (len(media) - done) / rate
-            print(f"{title}  {done}/{len(media)}  {rate:.0f} media/s  {left:.0f} s left", flush=True)
+            print(
+                f"{title}  {done}/{len(media)}  {rate:.0f} media/s  {left:.0f} s left", flush=True
+            )
             told = now
     bar.close()
 

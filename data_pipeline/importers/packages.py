@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +28,7 @@ ABANDONED_SECONDS = 24 * 3600
 APT_OPTIONS = (
     "APT::Sandbox::User=",
     "Debug::NoLocking=1",
-    "Acquire::Retries=2",
+    "Acquire::Retries=1",
     "Acquire::http::Timeout=20",
     "Acquire::https::Timeout=20",
 )
@@ -82,13 +82,18 @@ class PackageStore:
     A package appears under its final name by one rename, so a folder that exists is complete,
     whatever was killed while it was being made. Several processes may share the cache.
 
-    Attributes:
+    Args:
         folder: the cache folder; made when the first package is fetched.
+        say: told when a package is being fetched, which may take minutes.
+
+    Attributes:
+        folder: the cache folder.
         versions: name -> version of every package handed out so far.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, say: Callable[[str], None] | None = None):
         self.folder = Path(folder).absolute()
+        self._say = say or (lambda message: None)
         self.versions: dict[str, str] = {}
         self._unreachable = ""
         self._private_lists = False
@@ -141,6 +146,7 @@ class PackageStore:
             if shutil.which(tool) is None:
                 self._unreachable = f"this machine has no {tool}"
                 raise PackageError(name, self._unreachable)
+        self._say(f"fetching Debian package {name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._drop_abandoned()

@@ -1,0 +1,1 @@
+"""From bytes in a shard to tensors."""

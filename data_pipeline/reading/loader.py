@@ -70,9 +70,7 @@ class SampleReader:
         media = self._records.media(shard, facts)
         counts: dict[str, list[int]] = {m: [] for m in MODALITIES}
         for medium in facts.media:
-            counts[medium.modality].append(
-                self.medium_tokens(medium.modality, medium.duration_ms)
-            )
+            counts[medium.modality].append(self.medium_tokens(medium.modality, medium.duration_ms))
         try:
             tokens = render(record["conversations"], self.tokenizer, counts)
         except (DataError, KeyError, TypeError) as error:

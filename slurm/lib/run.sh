@@ -38,10 +38,13 @@ head_address() {
 }
 
 run_stage() {
-  local recipe=$1 python=${VENV:-$PWD/.venv}/bin/python processes config address port
+  local recipe=$1 python=${VENV:-$PWD/.venv}/bin/python cpus=${SLURM_CPUS_PER_TASK:-1}
+  local processes config address port labels=()
   shift
-  [[ -n ${SLURM_JOB_ID:-} ]] || fail "submit it: sbatch slurm/$recipe.sh (without Slurm: $python -m unimoe_mcore.launch $recipe)"
-  [[ -x $python ]] || fail "there is no Python at $python: make the virtual environment, or name it in VENV"
+  [[ -n ${SLURM_JOB_ID:-} ]] ||
+    fail "submit it: sbatch slurm/$recipe.sh (without Slurm: python -m unimoe_mcore.launch $recipe)"
+  [[ -x $python ]] ||
+    fail "there is no Python at $python: make the virtual environment, or name it in VENV"
   processes=$(processes_per_node)
 
   # The recipe checks its layout against the size of this job. A wrong recipe ends the job here.
@@ -50,16 +53,17 @@ run_stage() {
 
   address=$(head_address)
   port=$((20000 + SLURM_JOB_ID % 10000)) # below Linux's ephemeral ports; another one for each job
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-1} > processes ? SLURM_CPUS_PER_TASK / processes : 1))}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch by itself
+  export SRUN_CPUS_PER_TASK=$cpus # srun does not take it from sbatch by itself
   echo "job $SLURM_JOB_ID, try ${SLURM_RESTART_COUNT:-0}: $SLURM_NNODES nodes x $processes processes," \
     "head $address:$port, $config"
 
+  ((SLURM_NNODES == 1)) || labels=(--label) # which node said it
   # One task per node is torchrun. SLURM_NODEID must be read there, not here, so that rank 0 is on
   # the first node. When one node fails the others wait for it for ever: --kill-on-bad-exit.
   # shellcheck disable=SC2016
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label \
+  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 "${labels[@]}" \
     bash -c 'exec "$@" --node-rank="$SLURM_NODEID" -m unimoe_mcore.train "$0"' "$config" \
     "$python" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$processes" \
     --max-restarts=0 --master-addr="$address" --master-port="$port"

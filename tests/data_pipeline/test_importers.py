@@ -96,7 +96,7 @@ def test_recordings_become_short_mono_wav(tmp_path: Path) -> None:
     info = soundfile.info(io.BytesIO(wav("audio", samples, rate).data))
     assert (info.format, info.subtype, info.channels, info.duration) == ("WAV", "PCM_16", 1, 4.0)
     (tmp_path / "bad.wav").write_bytes(b"RIFF nonsense")
-    with pytest.raises(DataError, match="bad.wav cannot be decoded"):
+    with pytest.raises(DataError, match=r"bad\.wav cannot be decoded"):
         read_mono(tmp_path / "bad.wav")
 
 
@@ -145,7 +145,10 @@ def test_digits_are_readable_drawings() -> None:
     assert len(drawings) == 1797
     assert min(Counter(map(label, drawings)).values()) > 170
     assert drawings[0].image.size == (128, 128)
-    assert drawings[0].image.getchannel("A").getextrema() == (0, 255)
+    for drawing in drawings[:50]:
+        faintest, darkest = drawing.image.getchannel("A").getextrema()
+        assert faintest == 0
+        assert darkest > 200
 
 
 def by_split(items: list[Item]) -> dict[str, set[str]]:
@@ -352,8 +355,10 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_package_is_fetched_once_and_no_script_is_run(apt, tmp_path: Path) -> None:
     log = apt(stale=False)
-    store = PackageStore(tmp_path / "cache")
+    said: list[str] = []
+    store = PackageStore(tmp_path / "cache", said.append)
     root = store.get("toy")
+    assert said == ["fetching Debian package toy"]
     assert root.name == "toy_1.0"
     assert (root / "usr/share/toy/data.txt").read_text() == "content"
     assert store.versions == {"toy": "1.0"}

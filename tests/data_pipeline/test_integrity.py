@@ -135,7 +135,7 @@ def test_manifests_that_are_refused(folder: Path) -> None:
         path.write_text(good)
     for text in ("{", "[]"):
         path.write_text(text)
-        with pytest.raises(DataError, match="manifest.json"):
+        with pytest.raises(DataError, match=r"manifest\.json"):
             verify(folder)
     path.unlink()
     with pytest.raises(DataError, match="does not exist; build the data set first"):

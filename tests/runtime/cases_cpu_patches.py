@@ -137,7 +137,9 @@ def mixed_precision_optimizer() -> str:
     optimizer = Float16OptimizerWithFloat16Params(
         torch.optim.SGD([parameter]), OptimizerConfig(bf16=True), None, lambda *_: None
     )
-    return str(optimizer.fp32_from_float16_groups[0][0].dtype)
+    main = optimizer.fp32_from_float16_groups[0][0]
+    assert parameter.type(main.type()).dtype == torch.float32  # a cast by that string still works
+    return str(main.dtype)
 
 
 def forked_draw() -> dict[str, Any]:

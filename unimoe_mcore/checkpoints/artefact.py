@@ -119,4 +119,3 @@ def check_stands_on(part: Manifest, folder: Path, base: Manifest, base_folder: P
             f"{folder} stands on base {part.stands_on[:12]}, but the recipe's base {base_folder} "
             f"is {base.hash[:12]}: retrain the part on this base or name the base it stands on."
         )
-

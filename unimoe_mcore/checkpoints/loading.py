@@ -105,7 +105,9 @@ def _connector_sources(recipe: Recipe, base: Manifest) -> dict[str, Path]:
             )
         if given.towers[tower] != asdict(config):
             differing = _differing(given.towers[tower], asdict(config))
-            raise UserError(f"The {tower} tower of {folder} differs from the recipe's: {differing}.")
+            raise UserError(
+                f"The {tower} tower of {folder} differs from the recipe's: {differing}."
+            )
         chosen[tower] = Path(folder)
     return chosen
 

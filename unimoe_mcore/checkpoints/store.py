@@ -166,9 +166,7 @@ class ShardReader:
             ]
             if any(h <= lo for lo, h in zip(low, high, strict=True)):
                 continue
-            here = tuple(
-                slice(lo - o, h - o) for lo, h, o in zip(low, high, offset, strict=True)
-            )
+            here = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, offset, strict=True))
             there = tuple(
                 slice(lo - o, h - o) for lo, h, o in zip(low, high, part.offset, strict=True)
             )

@@ -47,17 +47,26 @@ def compose_recipe(
     return typed(composed, world_size)
 
 
+OPEN = ("stage.connectors.", "stage.expert_datasets.", "data.datasets.")
+"""Groups whose keys the user makes up; elsewhere Hydra wants a ``+`` in front of a new key."""
+
+
+def _opened(override: str) -> str:
+    return f"++{override}" if override.startswith(OPEN) else override
+
+
 def _compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     problems = []
+    overrides = [_opened(override) for override in overrides]
     try:
-        return _plain(compose(name, overrides=list(overrides)))
+        return _plain(compose(name, overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
         whole = str(error)
     for override in overrides:  # Hydra stops at the first bad one: name all of them
         try:
             compose(name, overrides=[override])
         except (HydraException, OmegaConfBaseException) as error:
-            problems.append(f"{override!r}: {_first_line(error)}")
+            problems.append(f"{override.removeprefix('++')!r}: {_first_line(error)}")
     raise UserError(_sentence(problems or [whole.splitlines()[0]]))
 
 

@@ -12,6 +12,8 @@ class DataConfig:
     Attributes:
         folder: a built set: shards, indexes, ``manifest.json``.
         datasets: dataset -> multiplier of its share; a dataset that is not named is not drawn.
+        missing: what to do about a named dataset that the folder does not have: ``refuse``, or
+            ``skip`` it (the quickstart, where packages could not be fetched).
         temperature: shares are ``multiplier * size ** temperature``.
         global_samples: samples a step, over all ranks.
         tokens_per_microbatch: most tokens of one packed row.
@@ -24,6 +26,7 @@ class DataConfig:
 
     folder: str = "data/quickstart"
     datasets: dict[str, float] = field(default_factory=dict)
+    missing: str = "refuse"
     temperature: float = 0.5
     global_samples: int = 48
     tokens_per_microbatch: int = 2048

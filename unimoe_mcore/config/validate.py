@@ -13,6 +13,7 @@ from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
 
 COMPOSITIONS = ("mixed",)
 DEALINGS = ("balanced",)
+MISSING = ("refuse", "skip")
 LORA_TARGETS = ("attention", "mlp", "experts")
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -44,6 +45,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("model.moe.placement", recipe.model.moe.placement, PLACEMENTS),
         ("data.compose", recipe.data.compose, COMPOSITIONS),
         ("data.deal", recipe.data.deal, DEALINGS),
+        ("data.missing", recipe.data.missing, MISSING),
         ("trainer.precision", recipe.trainer.precision, PRECISIONS),
         ("trainer.evaluation.split", recipe.trainer.evaluation.split, SPLITS),
         ("logging.wandb", recipe.logging.wandb, WANDB_MODES),

@@ -1,0 +1,1 @@
+"""The model: towers, connectors, language model, experts."""

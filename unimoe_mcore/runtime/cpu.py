@@ -207,6 +207,8 @@ def patch_tensor_type() -> None:
 
     @functools.wraps(original)
     def tensor_type(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if arguments and isinstance(arguments[0], str):  # x.type(y.type()) must still be a cast
+            arguments = (arguments[0].replace("torch.cuda.", "torch.", 1), *arguments[1:])
         answer = original(tensor, *arguments, **keywords)
         if isinstance(answer, str) and tensor.device.type == "cpu":
             return answer.replace("torch.", "torch.cuda.", 1)

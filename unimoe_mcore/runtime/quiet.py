@@ -10,12 +10,20 @@ IMPORT_WARNINGS = (
     r"Apex is not installed\. Falling back to Torch Norm",
     r"absl\.logging is not installed\.",
     r"MimoModelConfig is experimental",
+    r"MimoModel is experimental",
+    r"ModalitySubmodules is experimental",
 )
 """What Megatron-Core 0.19.2 warns about as it is imported. The choices behind the first two are
 ``runtime.capabilities``'s, and ``python -m unimoe_mcore.doctor`` shows them with their reasons."""
 
-LOG_LINES = {"torch.utils.cpp_extension": "No CUDA runtime is found"}
-"""Logger -> beginning of the line that it writes on a machine with a CUDA toolkit and no device."""
+LOG_LINES = {
+    # On a machine with a CUDA toolkit and no device.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # On every construction of a HybridModel with plain MLP layers.
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.rerun_state_machine": ("Implicit init", "RerunStateMachine initialized"),
+}
+"""Logger -> beginning of the harmless lines that it writes."""
 
 
 def silence_import_remarks() -> None:

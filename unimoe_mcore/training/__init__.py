@@ -1,0 +1,1 @@
+"""Step, loop, callbacks, stages."""

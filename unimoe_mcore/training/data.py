@@ -43,7 +43,11 @@ def training_reader(
     recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer
 ) -> tuple[SampleReader, GlobalPlan]:
     """The reader and the plan of a run's training data."""
-    reader = split_reader(recipe, manifest, tokenizer, "train", dict(recipe.data.datasets))
+    datasets = dict(recipe.data.datasets)
+    if recipe.data.missing == "skip":
+        have = manifest.datasets.get("train", {})
+        datasets = {name: factor for name, factor in datasets.items() if name in have}
+    reader = split_reader(recipe, manifest, tokenizer, "train", datasets)
     plan = GlobalPlan(
         tuple(dataset.share for dataset in reader.catalogue.datasets),
         recipe.data.seed,
@@ -65,5 +69,3 @@ def split_reader(
     catalogue = open_catalogue(manifest, split, datasets, tokenizer, Path(recipe.paths.cache))
     packing = Packing(recipe.data.tokens_per_microbatch, recipe.data.pad_to)
     return SampleReader(catalogue, tokenizer, token_counter(recipe), packing)
-
-

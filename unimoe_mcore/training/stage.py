@@ -39,9 +39,7 @@ from unimoe_mcore.training.module import TrainModule
 class StageRun:
     """A stage on this rank. Everything that can be refused is refused before the first step."""
 
-    def __init__(
-        self, recipe: Recipe, run: RunDirectory, groups: ProcessGroupCollection
-    ) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, groups: ProcessGroupCollection) -> None:
         self.recipe = recipe
         self.directory = run
         self.first_rank = dist.get_rank() == 0

@@ -83,7 +83,11 @@ class Tower(ModalitySubmodules):
         joined = self.connect([*pictures, *frames])
         each = joined.shape[0] // max(1, len(pictures) + len(frames))
         split = each * len(pictures)
-        averaged = joined[split:].view(len(clips), -1, each, joined.shape[1]).mean(1) if clips else joined[split:]
+        averaged = (
+            joined[split:].view(len(clips), -1, each, joined.shape[1]).mean(1)
+            if clips
+            else joined[split:]
+        )
         return {"image": joined[:split], "video": averaged.reshape(-1, joined.shape[1])}
 
     def decode(self, embeddings: Tensor, data_batch: dict[str, Any]) -> Tensor:

@@ -1,0 +1,188 @@
+"""The report: Markdown with pictures, written so that a stranger can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from unimoe_mcore.evaluation.plots import plot_accuracy, plot_experts, plot_losses
+from unimoe_mcore.evaluation.results import (
+    ExpertShare,
+    Judged,
+    Results,
+    expert_shares,
+    loss_changes,
+)
+
+TASKS = {
+    "img_group": "which kind of thing is the picture (unseen emoji)",
+    "img_count": "how many objects are in the picture (unseen emoji)",
+    "img_left": "what is on the left (unseen pairs)",
+    "img_digit": "which handwritten digit is it (unseen images)",
+    "vid_dir": "which way does the object move (unseen emoji)",
+    "spk_qa": "answer a spoken question about a capital (unseen voice)",
+    "spk_digit": "which digit is spoken (unseen languages)",
+    "aud_drum": "which instrument is this sound (unseen drum kits)",
+    "txt_cap": "name the capital (unseen wording)",
+}
+
+
+def write_report(results: Results, experts: Sequence[str], folder: Path) -> Path:
+    """Write ``report.md`` and its pictures.
+
+    Args:
+        experts: names of the experts of the last stage, in order.
+
+    Returns:
+        The report's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_losses(results, folder / "losses.png")
+    plot_accuracy(results, folder / "accuracy.png")
+    shares = expert_shares(results.columns[-1])
+    if shares:
+        plot_experts(shares, experts, folder / "experts.png")
+    sections = [
+        _head(results),
+        _verdict(results),
+        "## Held-out questions\n\n![accuracy](accuracy.png)\n\n" + accuracy_table(results),
+        "## Held-out loss\n\n" + loss_table(results.columns[0], results.columns[-1]),
+        "## Training\n\n![losses](losses.png)\n\n" + _time_table(results),
+    ]
+    if shares:
+        sections.append("## Which experts the tokens go to\n\n" + _routing(shares, experts))
+    path = folder / "report.md"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf8")
+    return path
+
+
+def _head(results: Results) -> str:
+    version = next(reversed(results.versions.values()))
+    packages = ", ".join(f"{name} {number}" for name, number in version["packages"].items())
+    lines = [
+        "# What the model learnt",
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {version['commit'][:12]}, {version['cpu']}, "
+        f"{version['cores']} cores, Python {version['python']}, {packages}.",
+    ]
+    lines += [f"Note: {note}" for note in results.notes]
+    return "\n\n".join(lines)
+
+
+def not_above_majority(results: Results) -> list[str]:
+    """Tasks whose 95 % interval does not lie above the majority answer after the last stage."""
+    scores = results.columns[-1].scores()
+    return [
+        task
+        for task in results.tasks()
+        if task in scores and scores[task].interval[0] <= results.majority.get(task, 0.0)
+    ]
+
+
+def mean_exact(judged: Judged) -> float:
+    """Mean over tasks of the share of exact answers."""
+    scores = judged.scores()
+    return sum(score.share for score in scores.values()) / max(1, len(scores))
+
+
+def _verdict(results: Results) -> str:
+    last = results.columns[-1]
+    below = not_above_majority(results)
+    risen = [g for g, change in loss_changes(results.columns[0], last).items() if not change.lower]
+    lines = [
+        f"- The final model answers **{mean_exact(last):.0%}** of the held-out questions exactly "
+        f"(mean over {len(last.scores())} tasks, {len(last.records)} questions).",
+        "- Every task is above its majority answer beyond the 95 % interval."
+        if not below
+        else f"- **Not above the majority answer** beyond the 95 % interval: {', '.join(below)}.",
+        "- The held-out loss of every modality fell by more than its 95 % interval."
+        if not risen
+        else f"- **Held-out loss did not fall** by more than its 95 % interval: {', '.join(risen)}.",
+    ]
+    return "\n".join(lines)
+
+
+def accuracy_table(results: Results) -> str:
+    """Exact match per task and stage, beside majority answer, number and interval."""
+    columns = [(column.title, column.scores()) for column in results.columns]
+    head = ["task", "questions", "majority", *(title for title, _ in columns), "95 % interval"]
+    rows = [head, ["---"] * len(head)]
+    for task in results.tasks():
+        cells = [f"{scores[task].share:.2f}" if task in scores else "" for _, scores in columns]
+        last = columns[-1][1].get(task)
+        low, high = last.interval if last else (0.0, 1.0)
+        total = str(last.total) if last else ""
+        majority = f"{results.majority.get(task, 0.0):.2f}"
+        name = f"`{task}` {TASKS.get(task, '')}".strip()
+        rows.append([name, total, majority, *cells, f"{low:.2f} to {high:.2f}"])
+    means = [f"**{mean_exact(column):.2f}**" for column in results.columns]
+    rows.append(["**mean**", "", "", *means, ""])
+    explained = (
+        "Share of exactly right answers after each stage. The interval (Wilson, 95 %) is that of "
+        "the last column; *majority* is what always giving the most frequent answer would score."
+    )
+    return _table(rows) + "\n\n" + explained
+
+
+def loss_table(first: Judged, last: Judged) -> str:
+    """Held-out loss per modality, first evaluation against last."""
+    head = ["modality", "questions", first.title, last.title, "change", "95 % interval", ""]
+    rows = [head, ["---"] * len(head)]
+    for group, change in loss_changes(first, last).items():
+        low, high = change.difference - change.half_width, change.difference + change.half_width
+        rows.append(
+            [
+                group,
+                str(change.questions),
+                f"{change.before:.3f}",
+                f"{change.after:.3f}",
+                f"{change.difference:+.3f}",
+                f"{low:+.3f} to {high:+.3f}",
+                "lower" if change.lower else "**not lower**",
+            ]
+        )
+    explained = (
+        "Loss per label token. The change is the mean over questions of the difference on the "
+        "same question, with its paired interval."
+    )
+    return _table(rows) + "\n\n" + explained
+
+
+def _time_table(results: Results) -> str:
+    rows = [["run", "steps", "seconds in steps", "tokens/s (median)"], ["---"] * 4]
+    for name, lines in results.curves.items():
+        speeds = sorted(line["tokens_per_second"] for line in lines)
+        steps = lines[-1]["step"] if lines else 0
+        speed = f"{speeds[len(speeds) // 2]}" if speeds else ""
+        rows.append([name, str(steps), f"{results.seconds[name]:.0f}", speed])
+    return _table(rows)
+
+
+def _routing(shares: Sequence[ExpertShare], experts: Sequence[str]) -> str:
+    head = ["block", "modality", *experts]
+    rows = [head, ["---"] * len(head)]
+    for share in shares:
+        for group, row in zip(share.groups, share.shares, strict=True):
+            rows.append([str(share.block), group, *(f"{value:.2f}" for value in row)])
+    distance = [["block", "between modalities", "labels shuffled", "97.5 % of shuffles below"]]
+    distance.append(["---"] * 4)
+    distance += [
+        [str(s.block), f"{s.variation:.3f}", f"{s.shuffled:.3f}", f"{s.shuffled_high:.3f}"]
+        for s in shares
+    ]
+    return "\n\n".join(
+        [
+            "![experts](experts.png)",
+            "Share of the (token, expert) assignments of each modality's questions; every token "
+            "goes to two experts, so a row sums to one and one expert gets at most a half.",
+            _table(rows),
+            "Total-variation distance between the modalities' shares, mean over pairs: 0 if all "
+            "modalities use the experts alike. Beside it the same figure after shuffling the "
+            "modality labels over the questions (200 times).",
+            _table(distance),
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
