@@ -60,7 +60,11 @@ def questions(dataset: str, split: str) -> list[tuple[str, str, list[MediaFile]]
                     [picture(c, rng), picture(rng.choice(list(COLOURS)), rng)],
                 ),
                 "vid_dir": lambda c=colour: ("<video>\nWhich colour?", c, [clip(c, rng)]),
-                "spk_digit": lambda p=pitch: ("<speech>\nWhich voice?", p, [tone("speech", p, rng)]),
+                "spk_digit": lambda p=pitch: (
+                    "<speech>\nWhich voice?",
+                    p,
+                    [tone("speech", p, rng)],
+                ),
                 "aud_drum": lambda p=pitch: ("<audio>\nWhich pitch?", p, [tone("audio", p, rng)]),
                 "twins": lambda c=colour: (f"{c} {c}. Which colour?", c, []),
             }[dataset]()
@@ -112,7 +116,7 @@ def overrides(folder: Path) -> list[str]:
         f"model.towers.speech.encoder={sound}",
         "model.towers.speech.connector={name: mlp2x_gelu, stack: 8, max_tokens: 6}",
         f"model.towers.audio.encoder={sound}",
-        "model.towers.audio.connector={name: learned_query, queries: 3, heads: 2}",
+        "model.towers.audio.connector={name: learned_query, queries: 3, heads: 2, stack: 1}",
         "trainer.steps=4",
         "trainer.warmup=1",
         "trainer.checkpoint_every=2",

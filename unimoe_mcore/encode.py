@@ -1,4 +1,4 @@
-"""``python -m unimoe_mcore.encode RECIPE [overrides]``: run the frozen encoders once, over all media.
+"""``python -m unimoe_mcore.encode RECIPE [overrides]``: run the frozen encoders once on all media.
 
 Training then reads their outputs from the cache. It would fill the cache by itself as it goes;
 doing it first keeps the steps even and uses every process for encoding.
@@ -50,14 +50,14 @@ def encode_share(recipe: Recipe, process: int, processes: int) -> int:
 
     from unimoe_mcore.model.towers.encoders import build_encoder
     from unimoe_mcore.model.towers.feature_cache import FeatureCache
+    from unimoe_mcore.model.towers.tower import tower_modalities
 
     torch.set_num_threads(1)
     manifest = load_manifest(Path(recipe.data.folder))
     encoded = 0
     for name, tower in recipe.model.towers.items():
         cache = FeatureCache(Path(recipe.paths.cache) / "features", build_encoder(tower.encoder))
-        wanted = [m for m in cache.encoder.modalities if m == name or name == "image"]
-        media = list(all_media(manifest, wanted))[process::processes]
+        media = list(all_media(manifest, tower_modalities(name)))[process::processes]
         missing = cache.missing(media)
         encoded += len(missing)
         for batch in _shown(missing, f"encode {name}", shown=process == 0):
@@ -65,7 +65,7 @@ def encode_share(recipe: Recipe, process: int, processes: int) -> int:
     return encoded
 
 
-def _shown(media: Sequence[Medium], title: str, shown: bool) -> Iterator[Sequence[Medium]]:
+def _shown(media: list[Medium], title: str, shown: bool) -> Iterator[list[Medium]]:
     """Batches of media, with progress on a terminal or in plain lines."""
     terminal = sys.stderr.isatty()
     bar = tqdm(total=len(media), desc=title, unit="media", disable=not (shown and terminal))

@@ -67,7 +67,7 @@ def available(manifest: Manifest) -> list[str]:
 
 
 def plan_runs(manifest: Manifest, overrides: Sequence[str]) -> list[tuple[str, Recipe]]:
-    """The runs of the schedule, with datasets and towers that the built data does not have left out.
+    """The runs of the schedule, without the towers that the built data has nothing for.
 
     Raises:
         UserError: if the data holds nothing but text.

@@ -8,6 +8,7 @@ paraphrases only.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ WORDNET = "wordnet-base"
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOVES = {"left": "x 4 3 2 1", "right": "x 1 2 3 4", "up": "y 4 3 2 1", "down": "y 1 2 3 4"}
 """A movement in words: a coordinate over time, in pixels' sense (y grows downwards)."""
+KEPT_SHARE = 0.1
+"""Share of the reservable questions that are kept for validation."""
 
 TwinMaker = Callable[[random.Random], tuple[str, str]]
 """Draws one question and its answer."""
@@ -153,24 +156,33 @@ def twin_task(kinds: Sequence[TwinKind], seed: int, sizes: Mapping[str, int]) ->
     Args:
         kinds: what to draw from.
         seed: seed of the draws.
-        sizes: split (train, val) -> number of items.
+        sizes: split (train, val) -> number of items; val may get fewer where there are not so
+            many different questions.
     """
+
+    def is_kept(kind: TwinKind, question: str) -> bool:
+        digest = hashlib.sha256(f"{seed}/{question}".encode()).digest()
+        return kind.reserved and digest[0] < 256 * KEPT_SHARE
 
     def items() -> Iterator[Item]:
         rng = generator(seed, "twins")
-        reserved = [kind for kind in kinds if kind.reserved]
-        kept: dict[str, str] = {}
-        while len(kept) < sizes["val"]:
-            kept.update([rng.choice(reserved).make(rng)])
-        for question, answer in kept.items():
-            yield Item("val", question, answer)
         weights = [kind.weight for kind in kinds]
+        taught: set[str] = set()
+        kept: dict[str, str] = {}
         made = 0
         while made < sizes["train"]:
-            question, answer = rng.choices(kinds, weights)[0].make(rng)
-            if question not in kept:
-                made += 1
-                yield Item("train", question, answer)
+            kind = rng.choices(kinds, weights)[0]
+            question, answer = kind.make(rng)
+            if is_kept(kind, question):
+                kept[question] = answer
+                continue
+            made += 1
+            taught.add(answer)
+            yield Item("train", question, answer)
+        # In a small corpus an answer may be drawn for val only: it was never taught.
+        fair = [(question, answer) for question, answer in kept.items() if answer in taught]
+        for question, answer in fair[: sizes["val"]]:
+            yield Item("val", question, answer)
 
     return Task("twins", sum(sizes.values()), items)
 

@@ -229,13 +229,13 @@ def test_the_paraphrases_of_val_and_test_are_nowhere_in_training() -> None:
 
 def test_twins_use_training_emoji_and_pairs_and_hold_back_val_questions() -> None:
     train = EMOJI[:20]
-    pairs = [(EMOJI[0], EMOJI[1]), (EMOJI[2], EMOJI[3])]
-    task = twin_task(emoji_twins(train, pairs), 0, {"train": 1500, "val": 40})
+    pairs = list(itertools.combinations(EMOJI[:8], 2))[:20]
+    task = twin_task(emoji_twins(train, pairs), 0, {"train": 3000, "val": 12})
     items = list(task.items())
     questions = {
         split: {i.question for i in items if i.split == split} for split in by_split(items)
     }
-    assert len(questions["val"]) == 40
+    assert len(questions["val"]) == 12
     assert not questions["train"] & questions["val"]
     text = " ".join(questions["train"] | questions["val"])
     assert not any(emoji.name in text for emoji in EMOJI[20:30])
@@ -247,6 +247,24 @@ def test_twins_use_training_emoji_and_pairs_and_hold_back_val_questions() -> Non
     counted = [item for item in items if "How many" in item.question]
     assert all(item.question.count("name") == int(item.answer) for item in counted)
     assert items == list(task.items())
+
+
+def test_a_corpus_of_few_different_questions_ends() -> None:
+    pairs = [(EMOJI[0], EMOJI[1])]
+    items = list(twin_task(emoji_twins(EMOJI[:2], pairs), 0, {"train": 500, "val": 900}).items())
+    assert Counter(item.split for item in items)["train"] == 500
+
+
+def test_twins_ask_nothing_in_val_that_train_never_answers() -> None:
+    asked = 0
+    for seed in range(20):
+        items = list(twin_task([capital_twin(COUNTRIES)], seed, {"train": 60, "val": 20}).items())
+        answers = {
+            split: {i.answer for i in items if i.split == split} for split in by_split(items)
+        }
+        assert answers["val"] <= answers["train"]
+        asked += len(answers["val"])
+    assert asked > 20
 
 
 def test_glosses_are_definitions_without_examples(tmp_path: Path) -> None:

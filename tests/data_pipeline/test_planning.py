@@ -114,7 +114,9 @@ def test_dealing_keeps_every_sample_and_equal_microbatches(
 @given(lengths, st.integers(1, 16))
 @settings(max_examples=60, deadline=None)
 def test_balanced_dealing_is_within_one_sample_of_even(sizes: list[int], ranks: int) -> None:
-    loads = [sum(sizes[i] for i in part) for part in deal_balanced([float(s) for s in sizes], ranks)]
+    loads = [
+        sum(sizes[i] for i in part) for part in deal_balanced([float(s) for s in sizes], ranks)
+    ]
     assert max(loads) - min(loads) <= max(sizes)
 
 

@@ -73,7 +73,7 @@ def _given(chunk: UniMoEModel, recipe: Recipe) -> Iterator[ShardedTensor]:
     if recipe.stage.kind == "expert":
         state = _with_merged(state, chunk)
     for name, entry in state.items():
-        if not hasattr(entry, "key") or ".lora_" in name and recipe.stage.kind == "expert":
+        if not hasattr(entry, "key") or (".lora_" in name and recipe.stage.kind == "expert"):
             continue
         if _belongs(name, entry.key, recipe):
             yield from sharded_tensors({name: entry})

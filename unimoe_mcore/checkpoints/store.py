@@ -11,7 +11,6 @@ JSON lists for every part the tensor's name, global shape, dtype, and the part's
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.shards.integrity import file_sha256
 from unimoe_mcore.config.errors import UserError
 
 
@@ -66,7 +66,7 @@ def write_shards(folder: Path, tensors: Iterator[ShardedTensor], rank: int) -> N
     path = folder / f"rank-{rank:05d}.safetensors"
     # A view would drag its whole storage into the file: safetensors refuses shared storage.
     save_file({name: part.clone() for name, part in parts.items()}, str(path))
-    index = {"file": path.name, "sha256": file_digest(path), "parts": entries}
+    index = {"file": path.name, "sha256": file_sha256(path), "parts": entries}
     write_text(folder / f"rank-{rank:05d}.json", json.dumps(index))
 
 
@@ -78,12 +78,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ class ShardReader:
             file = self.folder / Path(index["file"]).name
             if not file.is_file():
                 raise UserError(f"{file} is missing: the checkpoint is incomplete.")
-            if verify and file_digest(file) != index["sha256"]:
+            if verify and file_sha256(file) != index["sha256"]:
                 raise UserError(f"{file} is damaged: its checksum is not the one written with it.")
             for entry in index["parts"]:
                 dtype = getattr(torch, entry["dtype"])

@@ -97,7 +97,7 @@ def _verdict(results: Results) -> str:
         else f"- **Not above the majority answer** beyond the 95 % interval: {', '.join(below)}.",
         "- The held-out loss of every modality fell by more than its 95 % interval."
         if not risen
-        else f"- **Held-out loss did not fall** by more than its 95 % interval: {', '.join(risen)}.",
+        else f"- **Held-out loss did not fall** by more than its interval: {', '.join(risen)}.",
     ]
     return "\n".join(lines)
 

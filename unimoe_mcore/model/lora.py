@@ -163,9 +163,13 @@ def _adapt(layer: ColumnParallelLinear | RowParallelLinear, config: LoRAConfig) 
     layer.lora_scale = config.alpha / config.rank
     # The replicated half is an ordinary nn.Linear: Megatron reduces its gradient in the same
     # buffer as the frozen weight's, and over the tensor-parallel group under sequence parallelism.
-    replicated.weight.sequence_parallel = layer.config.sequence_parallel and not layer.is_expert
+    marks: dict[str, Any] = {
+        "sequence_parallel": layer.config.sequence_parallel and not layer.is_expert
+    }
     if layer.is_expert:
-        replicated.weight.allreduce = layer.weight.allreduce
+        marks["allreduce"] = layer.weight.allreduce
+    for mark, value in marks.items():
+        setattr(replicated.weight, mark, value)
 
 
 def lora_initial(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -39,7 +39,7 @@ class UniMoEModel(MimoModel):
         """The tied embedding, for Megatron's gradient finalisation over pipeline stages."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: MicroBatch, with_loss: bool = True) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: MicroBatch, with_loss: bool = True) -> Tensor:
         """One packed micro-batch.
 
         Args:

@@ -16,7 +16,7 @@ IMPORT_WARNINGS = (
 """What Megatron-Core 0.19.2 warns about as it is imported. The choices behind the first two are
 ``runtime.capabilities``'s, and ``python -m unimoe_mcore.doctor`` shows them with their reasons."""
 
-LOG_LINES = {
+LOG_LINES: dict[str, str | tuple[str, ...]] = {
     # On a machine with a CUDA toolkit and no device.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     # On every construction of a HybridModel with plain MLP layers.

@@ -109,7 +109,7 @@ class StageRun:
 
     def _announce(self) -> None:
         total, trained = count_parameters(self.module.chunks[0])
-        parts = {part: count for part, count in sorted(self.module.trained.items())}
+        parts = dict(sorted(self.module.trained.items()))
         self.directory.event(
             "start", parameters=total, trained=trained, parts=parts, ranks=dist.get_world_size()
         )

@@ -1,0 +1,1 @@
+"""Towers: frozen encoders, the cache of their features, and what leads them into the model."""

@@ -17,6 +17,11 @@ from unimoe_mcore.model.connectors.frame_tokens import FrameReducer
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
 
 
+def tower_modalities(name: str) -> tuple[str, ...]:
+    """Modalities that the tower called ``name`` takes: its own, and the image tower also video."""
+    return ("image", "video") if name == "image" else (name,)
+
+
 class Tower(ModalitySubmodules):
     """Media of one kind in, language-model embeddings out.
 
@@ -38,7 +43,7 @@ class Tower(ModalitySubmodules):
         self.features = features
         self.frame_order = config.frame_order
         self.groups = groups
-        self.modalities: tuple[str, ...] = encoder.modalities
+        self.modalities = tower_modalities(name)
         self.frame_reducer: FrameReducer | None = None
         if "video" in self.modalities and config.frame_order == "ordered":
             self.frame_reducer = FrameReducer(
@@ -49,7 +54,7 @@ class Tower(ModalitySubmodules):
                 config.encoder.frames,
             )
 
-    def forward(self, media: dict[str, list[Medium]]) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, media: dict[str, list[Medium]]) -> dict[str, Tensor]:
         """Embed every medium of this tower's modalities.
 
         Args:

@@ -91,7 +91,10 @@ class Encoder(nn.Module):
                 )
         largest = torch.finfo(torch.float16).max
         # Clamped: an infinity in the cache would poison every step that meets it.
-        return [f.clamp(-largest, largest).to("cpu", torch.float16) for f in self._encode(media)]
+        return [
+            features.clamp(-largest, largest).to("cpu", torch.float16).contiguous()
+            for features in self._encode(media)
+        ]
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
         """``encode`` in any floating-point type and on any device."""

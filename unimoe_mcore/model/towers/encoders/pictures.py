@@ -39,7 +39,7 @@ def encode_pictures(
         ``[frames, cells, feature_size]``.
     """
     done: list[Tensor] = []
-    for group in batched(_squares(media, side, frames), batch, strict=False):
+    for group in batched(_squares(media, side, frames), batch):
         pixels = np.zeros((batch, side, side, 3), np.uint8)
         pixels[: len(group)] = group
         done.extend(run(torch.from_numpy(pixels))[: len(group)])

