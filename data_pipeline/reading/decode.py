@@ -37,6 +37,8 @@ class DecodeLimits:
         max_packets: most compressed frames that a video may list.
         max_channels: most channels of a recording.
         max_rate: highest sampling rate of a recording, Hz.
+        max_duration_ms: longest recording that is believed, milliseconds; a longer claim is a
+            broken header.
         max_amplitude: largest absolute sample; full scale is 1, so anything beyond is not sound.
     """
 
@@ -46,13 +48,14 @@ class DecodeLimits:
     max_packets: int = 1_000_000
     max_channels: int = 32
     max_rate: int = 384_000
+    max_duration_ms: int = 6 * 3600 * 1000
     max_amplitude: float = 1e6
 
 
 LIMITS = DecodeLimits()
 
 # Formats that hold pictures of data sets. Pillow knows many more; some start other programs.
-_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 # FFmpeg's names. Playlists (HLS, concat, DASH) are left out: they open other files.
 _CLIPS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg"
 # Containers with an index of key frames that a seek can rely on.
@@ -88,7 +91,7 @@ def decode_image(medium: Medium, max_pixels: int = LIMITS.max_pixels) -> np.ndar
     """Decode a picture as a viewer shows it: upright, transparent parts on white.
 
     Args:
-        medium: a JPEG, PNG, WebP, GIF (first frame), BMP, PPM or TIFF file.
+        medium: a JPEG, PNG, WebP, GIF (first frame), BMP or PPM file.
         max_pixels: pictures with more pixels are refused before they are decompressed.
 
     Returns:
@@ -127,15 +130,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def sound_duration_ms(samples: int, rate: int) -> int:
-    """Length of a recording in milliseconds, rounded to the nearest in integers.
+    """Length of a recording in milliseconds, rounded to the nearest, ties to even.
 
-    The one definition: shard indexes store it and encoders count features from it.
+    Shard indexes store the same number, and encoders count features from it: a token too many or
+    too few would not fit the place that the plan has made for it.
 
     Args:
         samples: samples per channel at the file's own rate.
         rate: the file's own sampling rate, Hz.
     """
-    return (1000 * samples + rate // 2) // rate
+    return round(1000 * samples / rate)
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,10 @@ def probe_sound(medium: Medium, limits: DecodeLimits = LIMITS) -> SoundFacts:
 
 def _sound_facts(medium: Medium, file: soundfile.SoundFile, limits: DecodeLimits) -> SoundFacts:
     facts = SoundFacts(samples=file.frames, rate=file.samplerate, channels=file.channels)
-    if not 0 < facts.samples < 2**40:
-        raise BrokenMediumError(medium.source, f"the recording lists {facts.samples} samples")
+    if facts.samples < 1 or facts.rate < 1 or facts.duration_ms > limits.max_duration_ms:
+        raise BrokenMediumError(
+            medium.source, f"the recording claims {facts.samples} samples at {facts.rate} Hz"
+        )
     if facts.rate > limits.max_rate or facts.channels > limits.max_channels:
         raise BrokenMediumError(
             medium.source,

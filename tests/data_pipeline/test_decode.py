@@ -18,6 +18,8 @@ from data_pipeline.reading.decode import (
     probe_sound,
     sound_duration_ms,
 )
+from data_pipeline.shards.probe import MAX_DURATION_MS
+from data_pipeline.shards.probe import sound_duration_ms as index_duration_ms
 from tests.media import clip, medium, picture, sound
 
 
@@ -30,7 +32,7 @@ def _saved(image: Image.Image, form: str = "PNG", **options) -> bytes:
 # --- pictures
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM"])
 def test_picture_formats(form):
     pixels = decode_image(picture(size=(48, 40), form=form))
     assert pixels.shape == (40, 48, 3)
@@ -181,6 +183,17 @@ def test_sound_limits():
         probe_sound(sound(np.zeros((10, 3), np.float32)), DecodeLimits(max_channels=2))
     with pytest.raises(BrokenMediumError, match="Hz"):
         decode_sound(sound(10, rate=48_000), 1, limits=DecodeLimits(max_rate=44_100))
+
+
+def test_the_index_and_the_decoder_agree_on_a_length():
+    # 8, 24 and 40 samples at 16 kHz are ties of 0.5, 1.5 and 2.5 ms.
+    for samples, rate in ((8, 16_000), (24, 16_000), (40, 16_000), (4410, 22_050), (999, 44_100)):
+        recording = sound(samples, rate)
+        assert probe_sound(recording).duration_ms == index_duration_ms(recording.data)
+    too_long = DecodeLimits(max_duration_ms=9)
+    with pytest.raises(BrokenMediumError, match="claims 160 samples"):
+        probe_sound(sound(160), too_long)
+    assert DecodeLimits().max_duration_ms == MAX_DURATION_MS
 
 
 @settings(max_examples=50, deadline=None)

@@ -21,7 +21,8 @@ class DataConfig:
         compose: what a step holds: ``mixed`` (every step is close to the mixture).
         deal: who takes it: ``balanced`` (any rank takes anything, by cost).
         seed: of the order.
-        evaluation_datasets: datasets of the held-out questions; empty for all of the split.
+        evaluation_datasets: datasets that held-out questions may come from; empty for all of the
+            split.
     """
 
     folder: str = "data/quickstart"

@@ -170,7 +170,7 @@ class StageRun:
         if self.directory.evaluation(name).is_file():
             return
         settings = self.recipe.trainer.evaluation
-        wanted = self.recipe.data.evaluation_datasets or self._held_out(settings.split)
+        wanted = self._held_out(settings.split)
         reader = split_reader(
             self.recipe, self.manifest, self.tokenizer, settings.split, dict.fromkeys(wanted, 1.0)
         )
@@ -183,12 +183,14 @@ class StageRun:
             print(f"{self.recipe.name}: {name} training, {_words(exact)}", flush=True)
 
     def _held_out(self, split: str) -> list[str]:
-        """Datasets of the split whose media this stage's towers take."""
-        seen: dict[str, None] = {}
-        for shard in self.manifest.shards(split):
-            if self.recipe.stage.kind != "base" or shard.combination == "text":
-                seen[shard.dataset] = None
-        return list(seen)
+        """Datasets of the split that this stage is asked: text for a base, else all it can take."""
+        chosen = self.recipe.data.evaluation_datasets
+        return [
+            name
+            for name, facts in self.manifest.datasets.get(split, {}).items()
+            if (not chosen or name in chosen)
+            and (self.recipe.stage.kind != "base" or facts.combination == "text")
+        ]
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
