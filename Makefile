@@ -23,7 +23,7 @@ quickstart: $(STAMP)
 	@$(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
 
 test: $(STAMP)
-	@sh tests/slurm/install.sh
+	@bash tests/slurm/install.sh
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 
 check: lint types

@@ -34,7 +34,7 @@ from data_pipeline.shards.schema import (
 )
 from data_pipeline.shards.writer import ShardWriter
 
-BUILDER = "quickstart/1"
+BUILDER = "quickstart/2"
 """Name and version; a change of what is built changes the version, and old folders are rebuilt."""
 
 Say = Callable[[str], None]

@@ -21,6 +21,7 @@ from unimoe_mcore.compose import speak
 from unimoe_mcore.config.composition import compose_recipe, dump, typed
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.towers import tower_modalities
 
 BATCH = 64
 """Media that are read and encoded at a time."""
@@ -50,7 +51,6 @@ def encode_share(recipe: Recipe, process: int, processes: int) -> int:
 
     from unimoe_mcore.model.towers.encoders import build_encoder
     from unimoe_mcore.model.towers.feature_cache import FeatureCache
-    from unimoe_mcore.model.towers.tower import tower_modalities
 
     torch.set_num_threads(1)
     manifest = load_manifest(Path(recipe.data.folder))

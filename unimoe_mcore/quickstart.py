@@ -119,7 +119,8 @@ def _report(schedule: Sequence[tuple[str, Recipe]], manifest: Manifest) -> str:
     from unimoe_mcore.evaluation.results import gather
 
     final = schedule[-1][1]
-    order = [("stage1", "before", "before")]
+    order = [("base", "before", "untrained"), ("base", "after", "base")]
+    order += [("stage1", "before", "before stage1")]
     order += [(recipe.name, "after", recipe.name) for _, recipe in schedule[1:]]
     runs = Path(final.paths.runs)
     results = gather(runs, order, manifest, final.trainer.evaluation.split)

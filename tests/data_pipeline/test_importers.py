@@ -180,14 +180,14 @@ def test_hits_have_exactly_one_instrument(tmp_path: Path) -> None:
         "Kit A/Snare_HatLoop.wav",
         "Kit A/notes.txt",
         "Kit A/cowbell.wav",
-        "Audiophob/sub/hh_open.flac",
+        "VariBreaks/sub/hh_open.flac",
         "ElectricEmpireKit/BD 2.wav",
     ):
         (kits / name).parent.mkdir(parents=True, exist_ok=True)
         (kits / name).touch()
     found = [(hit.kit, hit.instrument, hit.split) for hit in find_hits([tmp_path])]
     assert found == [
-        ("Audiophob", "hi-hat", "val"),
+        ("VariBreaks", "hi-hat", "val"),
         ("ElectricEmpireKit", "kick", "test"),
         ("Kit A", "kick", "train"),
     ]

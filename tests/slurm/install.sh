@@ -9,8 +9,8 @@ for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge s
 done
 ((${#missing[@]} > 0)) || exit 0
 if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
-  echo "error: ${missing[*]} must be installed by root with the system's package manager" >&2
-  exit 1
+  echo "tests/slurm: ${missing[*]} must be installed by root (apt); without it these tests skip"
+  exit 0
 fi
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"

@@ -47,7 +47,7 @@ def compose_recipe(
     return typed(composed, world_size)
 
 
-OPEN = ("stage.connectors.", "stage.expert_datasets.", "data.datasets.")
+OPEN = ("stage.connectors.", "stage.expert_datasets.", "stage.expert_steps.", "data.datasets.")
 """Groups whose keys the user makes up; elsewhere Hydra wants a ``+`` in front of a new key."""
 
 

@@ -24,6 +24,8 @@ class StageConfig:
         expert: for ``expert``: the modality it is specialised in, a tower's name.
         expert_datasets: for ``expert``: what each modality's run draws from; the recipe points
             ``data.datasets`` into it.
+        expert_steps: for ``expert``: each modality's optimizer steps; the recipe points
+            ``trainer.steps`` into it.
         start: for ``expert``: the stage-1 folder whose connectors the run starts from.
         experts: for ``moe``: one entry per expert, in order: ``base`` (the base's own MLP) or the
             folder that a stage-2 run gave.
@@ -37,6 +39,7 @@ class StageConfig:
     base: str = ""
     expert: str = ""
     expert_datasets: dict[str, dict[str, float]] = field(default_factory=dict)
+    expert_steps: dict[str, int] = field(default_factory=dict)
     start: str = ""
     experts: list[str] = field(default_factory=list)
     connectors: dict[str, str] = field(default_factory=dict)

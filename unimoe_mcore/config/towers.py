@@ -150,3 +150,8 @@ def medium_tokens(tower: TowerConfig, modality: str, duration_ms: int) -> int:
     raise UserError(
         f"The modality '{modality}' enters no tower; use image, video, speech or audio."
     )
+
+
+def tower_modalities(name: str) -> tuple[str, ...]:
+    """Modalities that the tower called ``name`` takes: its own, and the image tower also video."""
+    return ("image", "video") if name == "image" else (name,)

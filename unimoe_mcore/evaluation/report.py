@@ -47,7 +47,7 @@ def write_report(results: Results, experts: Sequence[str], folder: Path) -> Path
         _head(results),
         _verdict(results),
         "## Held-out questions\n\n![accuracy](accuracy.png)\n\n" + accuracy_table(results),
-        "## Held-out loss\n\n" + loss_table(results.columns[0], results.columns[-1]),
+        "## Held-out loss\n\n" + loss_table(results),
         "## Training\n\n![losses](losses.png)\n\n" + _time_table(results),
     ]
     if shares:
@@ -88,7 +88,7 @@ def mean_exact(judged: Judged) -> float:
 def _verdict(results: Results) -> str:
     last = results.columns[-1]
     below = not_above_majority(results)
-    risen = [g for g, change in loss_changes(results.columns[0], last).items() if not change.lower]
+    risen = [g for g, change in loss_changes(results.columns).items() if not change.lower]
     lines = [
         f"- The final model answers **{mean_exact(last):.0%}** of the held-out questions exactly "
         f"(mean over {len(last.scores())} tasks, {len(last.records)} questions).",
@@ -124,11 +124,12 @@ def accuracy_table(results: Results) -> str:
     return _table(rows) + "\n\n" + explained
 
 
-def loss_table(first: Judged, last: Judged) -> str:
-    """Held-out loss per modality, first evaluation against last."""
-    head = ["modality", "questions", first.title, last.title, "change", "95 % interval", ""]
+def loss_table(results: Results) -> str:
+    """Held-out loss per modality, before its first stage and after the last."""
+    last = results.columns[-1]
+    head = ["modality", "questions", "before", f"after {last.title}", "change", "95 % interval", ""]
     rows = [head, ["---"] * len(head)]
-    for group, change in loss_changes(first, last).items():
+    for group, change in loss_changes(results.columns).items():
         low, high = change.difference - change.half_width, change.difference + change.half_width
         rows.append(
             [
@@ -142,7 +143,8 @@ def loss_table(first: Judged, last: Judged) -> str:
             ]
         )
     explained = (
-        "Loss per label token. The change is the mean over questions of the difference on the "
+        "Loss per label token, before a modality's first stage (the base for text, stage 1 for all "
+        "else) and after the last. The change is the mean over questions of the difference on the "
         "same question, with its paired interval."
     )
     return _table(rows) + "\n\n" + explained

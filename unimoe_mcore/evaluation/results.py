@@ -118,9 +118,14 @@ def gather(
     return results
 
 
-def loss_changes(first: Judged, last: Judged) -> dict[str, Change]:
-    """Held-out loss per group of samples, first evaluation against last, same questions."""
-    before = {(r["dataset"], r["key"]): r for r in first.records}
+def loss_changes(columns: list[Judged]) -> dict[str, Change]:
+    """Held-out loss per group of samples: the first evaluation that asked a question, and the last.
+
+    Text is first asked before the base is trained, all else before stage 1.
+    """
+    last, before = columns[-1], dict[tuple[str, str], dict[str, Any]]()
+    for column in reversed(columns[:-1]):
+        before |= {(r["dataset"], r["key"]): r for r in column.records}
     changes = {}
     for group in GROUPS:
         pairs = [

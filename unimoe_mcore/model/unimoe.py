@@ -26,6 +26,9 @@ class UniMoEModel(MimoModel):
             config.modality_submodules_spec = {}
         super().__init__(config, tp_group=groups.tp)
         self.groups = groups
+        self._answers: Tensor | None = None
+        if self.post_process:
+            self.language_model.output_layer.register_forward_pre_hook(self._only_answers)
 
     pre_process = property(lambda self: self.language_model.pre_process)
     post_process = property(lambda self: self.language_model.post_process)
@@ -47,11 +50,14 @@ class UniMoEModel(MimoModel):
             with_loss: return losses instead of logits.
 
         Returns:
-            On the last pipeline stage the loss of every token ``[1, tokens]`` (fp32), or the
-            logits ``[1, tokens, vocabulary / TP]``; on other stages the hidden states
+            On the last pipeline stage the loss of every token ``[1, tokens]`` (fp32; 0 where no
+            label counts), or the logits of ``answer_places(batch)``
+            ``[1, places, vocabulary / TP]``; on other stages the hidden states
             ``[tokens / (TP if sequence parallel), 1, hidden]``.
         """
-        labels = batch.labels if with_loss else None
+        places = self.answer_places(batch)
+        labels = batch.labels[:, places] if with_loss else None
+        self._answers = None if self.config.sequence_parallel else places
         hidden = self._embed(batch) if self.pre_process else None
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -68,7 +74,7 @@ class UniMoEModel(MimoModel):
             # HybridModel passes the mask on whole, but its layers hold a part of the tokens.
             tp = self.groups.tp
             padding = padding.chunk(tp.size(), 1)[tp.rank()]
-        return self.language_model(
+        output = self.language_model(
             input_ids=None,
             position_ids=batch.position_ids,
             attention_mask=None,
@@ -78,6 +84,27 @@ class UniMoEModel(MimoModel):
             padding_mask=padding,
             packed_seq_params=packed,
         )
+        if not (self.post_process and with_loss):
+            return output
+        return torch.zeros_like(batch.loss_mask, dtype=output.dtype).index_copy(1, places, output)
+
+    def answer_places(self, batch: MicroBatch) -> Tensor:
+        """The places of a row whose logits are computed, ``[places]`` int64.
+
+        Those with a label that counts: they are few next to the media's, and the output layer is
+        as wide as the vocabulary. All places under sequence parallelism, where every rank holds
+        a part of the row.
+        """
+        if self.config.sequence_parallel:
+            return torch.arange(batch.loss_mask.shape[1], device=batch.loss_mask.device)
+        counted = batch.loss_mask[0].nonzero()[:, 0]
+        return counted if len(counted) else counted.new_zeros(1)  # a row without any still runs
+
+    def _only_answers(self, layer: torch.nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+        """Keep the answers' rows of the output layer's input ``[tokens, 1, hidden]``."""
+        if self._answers is None:
+            return None
+        return (arguments[0].index_select(0, self._answers), *arguments[1:])
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         """Text embeddings with every tower's tokens in their places, ``[tokens, 1, hidden]``."""

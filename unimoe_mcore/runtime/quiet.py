@@ -16,6 +16,11 @@ IMPORT_WARNINGS = (
 """What Megatron-Core 0.19.2 warns about as it is imported. The choices behind the first two are
 ``runtime.capabilities``'s, and ``python -m unimoe_mcore.doctor`` shows them with their reasons."""
 
+FUTURE_WARNINGS = (
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+)
+"""Newer names of collectives that Megatron-Core 0.19.2 does not use yet."""
+
 LOG_LINES: dict[str, str | tuple[str, ...]] = {
     # On a machine with a CUDA toolkit and no device.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
@@ -27,9 +32,11 @@ LOG_LINES: dict[str, str | tuple[str, ...]] = {
 
 
 def silence_import_remarks() -> None:
-    """Filter exactly ``IMPORT_WARNINGS`` and ``LOG_LINES``; call it before Megatron is imported."""
+    """Filter exactly what is listed here; call it before Megatron is imported."""
     for message in IMPORT_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    for message in FUTURE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     for logger in LOG_LINES:
         logging.getLogger(logger).addFilter(_is_news)
 

@@ -8,6 +8,7 @@ Transformer Engine.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,13 +75,14 @@ def patch_thd_rope() -> None:
     """Rotate a packed batch in one go instead of sequence by sequence.
 
     ``rope_utils.py:261`` loops over the sequences in Python, in every attention layer for queries
-    and keys. Without: right, and slow (50 sequences in a pack: 3 to 18 times, forward and
-    backward). The result is bitwise the loop's.
+    and keys. Without: right, and slow where a pack holds many short sequences
+    (``benchmarks/thd_rope.py``). The arithmetic per element is the loop's.
     """
     from megatron.core.models.common.embeddings import rope_utils
 
     loop = rope_utils._apply_rotary_pos_emb_thd
 
+    @functools.wraps(loop)
     def rotate(
         t: torch.Tensor,
         cu_seqlens: torch.Tensor,

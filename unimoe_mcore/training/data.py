@@ -12,16 +12,19 @@ from data_pipeline.reading.loader import Packing, SampleReader
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import medium_tokens
+from unimoe_mcore.config.towers import medium_tokens, tower_modalities
 
 
 def token_counter(recipe: Recipe) -> MediumTokens:
     """Language-model tokens of a medium, by the tower that takes its modality."""
-    towers = recipe.model.towers
+    by_modality = {
+        modality: tower
+        for name, tower in recipe.model.towers.items()
+        for modality in tower_modalities(name)
+    }
 
     def count(modality: str, duration_ms: int) -> int:
-        name = "image" if modality == "video" else modality
-        return medium_tokens(towers[name], modality, duration_ms)
+        return medium_tokens(by_modality[modality], modality, duration_ms)
 
     return count
 

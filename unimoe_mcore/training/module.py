@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from data_pipeline.reading.collate import GROUPS, MicroBatch
@@ -56,9 +57,9 @@ class Judgement:
     """Teacher-forced answers of one micro-batch.
 
     Attributes:
-        losses: of every token, ``[tokens]`` fp32.
-        correct: whether the likeliest next token is the label, ``[tokens]``. Where all tokens of
-            an answer are correct, greedy decoding gives exactly that answer.
+        losses: of every token with a label, 0 elsewhere, ``[tokens]`` fp32.
+        correct: for every token with a label, whether the likeliest next token is the label,
+            ``[tokens]``. Where all tokens of an answer are, greedy decoding gives that answer.
     """
 
     losses: Tensor
@@ -237,11 +238,18 @@ def _forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, A
 
 def _judge_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    return model(batch, with_loss=False), partial(_judge, batch)
+    places = unwrap_model(model).answer_places(batch)
+    return model(batch, with_loss=False), partial(_judge, batch, places)
 
 
-def _judge(batch: MicroBatch, logits: Tensor, non_loss_data: bool = True) -> Judgement:
+def _judge(
+    batch: MicroBatch, places: Tensor, logits: Tensor, non_loss_data: bool = True
+) -> Judgement:
     whole = gather_from_tensor_model_parallel_region(logits)[0].float()
-    labels = batch.labels[0]
+    labels = batch.labels[0, places]
     losses = torch.nn.functional.cross_entropy(whole, labels, reduction="none")
-    return Judgement(losses, whole.argmax(-1) == labels)
+    row = torch.zeros_like(batch.loss_mask[0])
+    return Judgement(
+        row.index_copy(0, places, losses),
+        row.index_copy(0, places, (whole.argmax(-1) == labels).float()).bool(),
+    )

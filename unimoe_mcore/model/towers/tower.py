@@ -11,15 +11,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from data_pipeline.reading.medium import Medium
-from unimoe_mcore.config.towers import TowerConfig
+from unimoe_mcore.config.towers import TowerConfig, tower_modalities
 from unimoe_mcore.model.connectors import build_connector
 from unimoe_mcore.model.connectors.frame_tokens import FrameReducer
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
-
-
-def tower_modalities(name: str) -> tuple[str, ...]:
-    """Modalities that the tower called ``name`` takes: its own, and the image tower also video."""
-    return ("image", "video") if name == "image" else (name,)
 
 
 class Tower(ModalitySubmodules):
