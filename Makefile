@@ -9,18 +9,18 @@ export PYTHONPATH := $(CURDIR)
 # Spares every process of a run a look-up on the network: nothing is ever fetched from a hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export PYTHONUNBUFFERED := 1
 
 .PHONY: setup quickstart test check lint types lock clean
 
 setup: $(STAMP)
 
-# The virtual environment is built beside its place and moved there only when it is complete, so
-# that a kill leaves nothing that looks finished.
+# The stamp is set last: an environment that a kill left half-made is made anew.
 $(STAMP): requirements.lock requirements-dev.txt
 	@sh setup.sh $(VENV)
 
 quickstart: $(STAMP)
-	@$(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
+	@UNIMOE_PARENT=$$PPID exec $(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
 
 test: $(STAMP)
 	@bash tests/slurm/install.sh
@@ -38,6 +38,7 @@ types: $(STAMP)
 # Pins what is installed now, for requirements.lock.
 lock: $(STAMP)
 	@$(PYTHON) -m pip list --format=freeze --exclude pip --exclude setuptools --exclude unimoe-mcore > requirements.lock
+	@touch $(STAMP)
 
 clean:
 	rm -rf $(VENV) runs data cache

@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 
 from benchmarks.side_by_side import compare, write  # noqa: E402
-from unimoe_mcore.checkpoints.loading import Sources  # noqa: E402
+from unimoe_mcore.checkpoints.sources import Sources  # noqa: E402
 from unimoe_mcore.checkpoints.training import CheckpointFolder, RunState  # noqa: E402
 from unimoe_mcore.config.composition import compose_recipe  # noqa: E402
 from unimoe_mcore.runtime import groups  # noqa: E402

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from unimoe_mcore.evaluation.report import short
 from unimoe_mcore.runtime.run_directory import code_version, machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +41,7 @@ def write(name: str, claim: str, rows: list[str]) -> None:
             "",
             f"`python -m benchmarks.{name} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
             f"on {datetime.now(UTC):%Y-%m-%d}, {here['cpu']}, {here['cores']} cores, Python "
-            f"{here['python']}, commit {version['commit'][:12]}, "
+            f"{here['python']}, commit {short(version['commit'])}, "
             + ", ".join(f"{k} {v}" for k, v in version["packages"].items()),
             "",
             "| case | first, ms | second, ms | second / first | rounds |",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 
 import pytest
 
@@ -12,7 +13,10 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     report = capsys.readouterr().out
     assert "mixture of experts      trains                9 gradients" in report
-    assert "transformer engine" in report
+    assert "transformer engine      no                    layers are built of Megatron's" in report
+    assert "attention               packed" in report
+    assert "dispatcher              alltoall" in report
+    assert re.search(r"^  precision +(fp32|bf16) +\S.*'auto' takes it$", report, re.MULTILINE)
     assert report.endswith("Ready.\n")
 
 

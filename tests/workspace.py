@@ -102,6 +102,7 @@ def overrides(folder: Path) -> list[str]:
         f"paths.cache={folder}/cache",
         f"data.folder={folder}/data/tiny",
         "data.missing=skip",
+        "data.evaluation_datasets=[]",
         "data.global_samples=12",
         "data.pad_to=32",
         "data.tokens_per_microbatch=256",

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.integrity import verify
+from unimoe_mcore.checkpoints.artefact import read_manifest
+from unimoe_mcore.checkpoints.files import write_text
+from unimoe_mcore.checkpoints.sources import find_sources
 from unimoe_mcore.config.composition import compose_recipe, dump, load
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.runtime.run_directory import RunDirectory
+from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
 FREE = (
     "logging",
     "parallel",
     "paths",
     "trainer.checkpoint_every",
+    "trainer.evaluation",
     "trainer.keep",
     "trainer.log_every",
     "trainer.threads",
@@ -30,24 +35,56 @@ FREE = (
 
 
 def prepare_run(recipe: Recipe) -> Path:
-    """Write ``runs/<name>/config.yaml``; return its path.
+    """Check what the run needs, write ``runs/<name>/config.yaml``, return its path.
+
+    What an earlier start under other settings left before its first checkpoint is removed.
 
     Raises:
-        UserError: if the run has checkpoints that were made with other settings.
+        UserError: if the run has checkpoints that were made with other settings, is being
+            trained, or lacks a part or base to stand on.
+        DataError: if the data are missing or damaged.
     """
+    find_sources(recipe)
+    verify(Path(recipe.data.folder))
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name)
-    if run.config.is_file() and (any(run.checkpoints.glob("step-*")) or run.gives.is_dir()):
-        changed = list(_changes(asdict(load(run.config)), asdict(recipe), ""))
-        if changed:
+    with run.lock():
+        changed = (
+            list(_changes(asdict(load(run.config)), asdict(recipe), ""))
+            if (run.config.is_file())
+            else []
+        )
+        if changed and run.started:
             raise UserError(
                 f"{run.path} was started with other settings ({'; '.join(changed)}): give this "
                 f"run another name (name=...) or delete that folder."
             )
-    run.path.mkdir(parents=True, exist_ok=True)
-    partial = run.config.with_name(".config.yaml.partial")
-    partial.write_text(dump(recipe), encoding="utf8")
-    partial.replace(run.config)
+        if changed:
+            run.forget()
+        write_text(run.config, dump(recipe))
     return run.config
+
+
+def up_to_date(recipe: Recipe, data: str) -> bool:
+    """Whether a run is done: it has been judged and has given, from what it would now take.
+
+    Args:
+        data: digest of the data.
+
+    Raises:
+        UserError: if it is done, but from other settings, sources or data.
+    """
+    run = RunDirectory(Path(recipe.paths.runs) / recipe.name)
+    split = recipe.trainer.evaluation.split
+    if not given(run) or not run.evaluation("after", split).is_file():
+        return False
+    prepare_run(recipe)
+    made = read_manifest(run.gives, str(run.gives))
+    if (made.sources, made.data) != (find_sources(recipe).hashes, data):
+        raise UserError(
+            f"{run.path} was made from another base, earlier run or data than there are now: "
+            f"delete that folder to train it again."
+        )
+    return True
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Any:
@@ -67,10 +104,14 @@ def speak(main: Callable[[Sequence[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}."
     except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def main(arguments: Sequence[str]) -> int:

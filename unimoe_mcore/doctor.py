@@ -100,9 +100,10 @@ def look_at_packages() -> list[Finding]:
 
 
 def look_at_kernels() -> list[Finding]:
-    """Every choice of ``runtime.capabilities`` with its reason."""
+    """Every choice of ``runtime.capabilities`` and the number format, each with its reason."""
     from unimoe_mcore.runtime.capabilities import detect, probe_apex
     from unimoe_mcore.runtime.devices import backend
+    from unimoe_mcore.runtime.precision import choose_precision
 
     chosen = detect()
     findings = []
@@ -113,6 +114,8 @@ def look_at_kernels() -> list[Finding]:
     apex = probe_apex()
     if "not NVIDIA's" in apex.reason:
         findings.append(Finding("apex", "wrong package", apex.reason, good=False))
+    precision = choose_precision("auto")
+    findings.append(Finding("precision", precision.value, f"{precision.reason}; 'auto' takes it"))
     findings.append(Finding("communication", backend(), "NCCL between GPUs, else gloo"))
     return findings
 

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from unimoe_mcore.compose import prepare_run, speak
 from unimoe_mcore.config.composition import compose_recipe
@@ -22,8 +21,9 @@ def launch(recipe: Recipe) -> int:
     """Train a composed recipe with ``parallel.processes`` local processes.
 
     Returns:
-        0, or 1 if a process failed (it has said why).
+        0; 2 if a process refused, 1 if it failed (it has said why); 130 if it was stopped.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,7 +47,16 @@ def launch(recipe: Recipe) -> int:
         elastic_launch(agent, sys.executable)("-m", "unimoe_mcore.train", str(config))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"error: a process of {recipe.name} was killed by signal {-failure.exitcode}; "
+                f"the same command continues from the newest checkpoint.",
+                file=sys.stderr,
+            )
         return 2 if failure.exitcode == 2 else 1
+    except SignalException:
+        print(f"{recipe.name}: stopped; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -57,11 +66,6 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     return launch(compose_recipe(arguments[0], arguments[1:]))
-
-
-def done(recipe: Recipe) -> bool:
-    """Whether a run has given what it gives."""
-    return (Path(recipe.paths.runs) / recipe.name / "gives" / "manifest.json").is_file()
 
 
 if __name__ == "__main__":

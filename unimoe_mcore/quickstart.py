@@ -14,11 +14,12 @@ from pathlib import Path
 
 from data_pipeline.build import build_quickstart
 from data_pipeline.shards.index import Manifest
-from unimoe_mcore.compose import speak
+from unimoe_mcore.compose import speak, up_to_date
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.launch import done, launch
+from unimoe_mcore.launch import launch
+from unimoe_mcore.runtime.parent import die_with_parent
 
 EXPERTS = ("image", "speech", "audio")
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(__doc__)
         return 0
+    die_with_parent()
     overrides = [argument for argument in arguments if argument != "--pypi-only"]
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,10 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     schedule = plan_runs(manifest, overrides)
     heading("Frozen encoders: every picture, clip and recording once")
-    _encode(schedule)
+    _encode(schedule, manifest)
     for title, stage in schedule:
         heading(title)
-        if done(stage):
+        if up_to_date(stage, manifest.digest):
             print(f"{stage.name}: done before", flush=True)
         elif code := launch(stage):
             return code
@@ -103,11 +105,11 @@ def plan_runs(manifest: Manifest, overrides: Sequence[str]) -> list[tuple[str, R
     return runs
 
 
-def _encode(schedule: Sequence[tuple[str, Recipe]]) -> None:
+def _encode(schedule: Sequence[tuple[str, Recipe]], manifest: Manifest) -> None:
     """Fill the feature cache, unless every run that needs it is done."""
     from unimoe_mcore.encode import encode
 
-    if all(done(recipe) for _, recipe in schedule):
+    if all(up_to_date(recipe, manifest.digest) for _, recipe in schedule):
         print("done before", flush=True)
     else:
         encode(schedule[-1][1])

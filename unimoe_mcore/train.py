@@ -1,14 +1,14 @@
 """``torchrun -m unimoe_mcore.train``: one run of a stage, on every rank.
 
 Takes the path of a resolved recipe (``python -m unimoe_mcore.compose`` prints it), or a recipe's
-name and Hydra overrides, which rank 0 then composes for all.
+name and Hydra overrides, which every rank then composes for itself.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +21,7 @@ prepare_device()  # before anything of Megatron is imported
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from data_pipeline.errors import DataError  # noqa: E402
 from unimoe_mcore.compose import prepare_run, speak  # noqa: E402
 from unimoe_mcore.config.composition import compose_recipe, load  # noqa: E402
 from unimoe_mcore.config.errors import UserError  # noqa: E402
@@ -37,16 +38,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     recipe = _recipe(arguments)
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name, writes=_rank() == 0)
-    lock = _lock(run) if run.writes else None
-    torch.set_num_threads(recipe.trainer.threads or torch.get_num_threads())
+    held = run.lock(seconds=20) if run.writes else None
+    if recipe.trainer.threads:
+        torch.set_num_threads(recipe.trainer.threads)
     collection = groups.initialise(recipe.parallel, seed=recipe.trainer.seed)
-    try:
-        StageRun(recipe, run, collection).run()
-    finally:
-        if lock is not None:
-            lock.close()
+    StageRun(recipe, run, collection).run()
     dist.barrier()
     groups.destroy()
+    if held is not None:
+        held.close()
     return 0
 
 
@@ -64,20 +64,15 @@ def _recipe(arguments: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _lock(run: RunDirectory):  # type: ignore[no-untyped-def]
-    """Hold the run directory for as long as this process lives.
-
-    Raises:
-        UserError: if another process trains this run.
-    """
-    run.path.mkdir(parents=True, exist_ok=True)
-    lock = (run.path / ".lock").open("w")
+def _speak_once(arguments: Sequence[str]) -> int:
+    """``main``; where all ranks refuse for the same reason, rank 0 says it and is heard alone."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"{run.path} is being trained by another process.") from error
-    return lock
+        return main(arguments)
+    except (UserError, DataError):
+        if _rank() > 0:
+            time.sleep(3)  # the launcher ends this process as soon as rank 0 has spoken
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(speak(main))
+    sys.exit(speak(_speak_once))

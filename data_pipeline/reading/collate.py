@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,15 @@ class MicroBatch:
     max_seqlen: int
     media: dict[str, list[Medium]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on a device; media stay where they are."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     @property
     def label_tokens(self) -> int:

@@ -37,8 +37,8 @@ class DecodeLimits:
         max_packets: most compressed frames that a video may list.
         max_channels: most channels of a recording.
         max_rate: highest sampling rate of a recording, Hz.
-        max_duration_ms: longest recording that is believed, milliseconds; a longer claim is a
-            broken header.
+        max_duration_ms: longest recording or video that is believed, milliseconds; a longer
+            claim is a broken header.
         max_amplitude: largest absolute sample; full scale is 1, so anything beyond is not sound.
     """
 
@@ -226,6 +226,43 @@ def decode_sound(
         if facts.rate != rate:
             samples = soxr.resample(samples, facts.rate, rate, quality="HQ")
         return np.ascontiguousarray(samples[: math.ceil(max_seconds * rate)], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video's container says.
+
+    Attributes:
+        duration_ms: length in milliseconds, rounded; 0 if the container does not say, or says
+            more than is believed.
+        frames: compressed frames of the first picture stream.
+    """
+
+    duration_ms: int
+    frames: int
+
+
+def probe_video(medium: Medium, limits: DecodeLimits = LIMITS) -> VideoFacts:
+    """Count a video's frames and read its length, without decoding it.
+
+    Raises:
+        BrokenMediumError: not a video, truncated, empty, or outside ``limits``.
+    """
+    with (
+        _blame(medium, "video"),
+        _open_video(medium, limits.max_frame_pixels) as (container, stream),
+    ):
+        frames = len(_timeline(medium, container, stream, limits.max_packets)[0])
+        seconds = 0.0
+        if stream.duration and stream.time_base:
+            seconds = float(stream.duration * stream.time_base)
+        elif container.duration:
+            seconds = container.duration / av.time_base
+        elif stream.average_rate:
+            seconds = float(frames / stream.average_rate)
+        duration_ms = round(1000 * seconds)
+        believed = 0 <= duration_ms <= limits.max_duration_ms
+        return VideoFacts(duration_ms if believed else 0, frames)
 
 
 def decode_video(

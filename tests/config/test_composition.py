@@ -37,7 +37,7 @@ REFUSED = {
     "stage.kind=final": "stage.kind is 'final'",
     "stage.experts=[base]": "names 1 experts",
     "stage.lora.targets=[attenion]": "stage.lora.targets is 'attenion'",
-    "stage.train=[conectors]": "known parts are",
+    "stage.train=[conectors]": "parts of a moe stage are",
     "stage.connectors.smell=runs/x/gives": "no tower",
     "parallel.expert=3": "does not divide the 4 experts",
     "parallel.tensor=2": "sequence_parallel=true",

@@ -16,10 +16,11 @@ from data_pipeline.reading.decode import (
     decode_sound,
     decode_video,
     probe_sound,
+    probe_video,
     sound_duration_ms,
 )
-from data_pipeline.shards.probe import MAX_DURATION_MS
 from data_pipeline.shards.probe import sound_duration_ms as index_duration_ms
+from data_pipeline.shards.probe import video_length
 from tests.media import clip, medium, picture, sound
 
 
@@ -193,7 +194,19 @@ def test_the_index_and_the_decoder_agree_on_a_length():
     too_long = DecodeLimits(max_duration_ms=9)
     with pytest.raises(BrokenMediumError, match="claims 160 samples"):
         probe_sound(sound(160), too_long)
-    assert DecodeLimits().max_duration_ms == MAX_DURATION_MS
+
+
+def test_the_index_knows_no_length_of_what_the_decoder_refuses():
+    refused = [
+        sound(0),
+        sound(10, rate=400_000),
+        sound(np.zeros((10, 33), np.float32)),
+        medium("speech", b"nonsense"),
+    ]
+    for recording in refused:
+        assert index_duration_ms(recording.data) == 0
+        with pytest.raises(BrokenMediumError):
+            probe_sound(recording)
 
 
 @settings(max_examples=50, deadline=None)
@@ -248,6 +261,22 @@ def test_video_bounds():
         decode_video(clip(16), 2, max_packets=15)
 
 
+@pytest.mark.parametrize(
+    ("form", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("mpegts", "libx264")]
+)
+def test_the_index_and_the_decoder_agree_on_a_video(form, codec):
+    video = clip(25, form=form, codec=codec)
+    facts = probe_video(video)
+    assert video_length(video.data) == (facts.duration_ms, facts.frames)
+    assert facts.frames == 25
+    assert facts.duration_ms == pytest.approx(2500, abs=100)
+    with pytest.raises(BrokenMediumError, match="more than 24 frames"):
+        probe_video(video, DecodeLimits(max_packets=24))
+    with pytest.raises(BrokenMediumError, match="64 x 48"):
+        probe_video(video, DecodeLimits(max_frame_pixels=64 * 48 - 1))
+    assert probe_video(video, DecodeLimits(max_duration_ms=1000)).duration_ms == 0
+
+
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
 
@@ -267,6 +296,7 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#
 def test_broken_video_names_itself(data):
     with pytest.raises(BrokenMediumError, match=r"^test\.tar:broken: "):
         decode_video(medium("video", data, "broken"), 4)
+    assert video_length(data) == (0, 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,5 @@
 import copy
+import importlib.metadata
 import random
 
 import numpy as np
@@ -90,6 +91,7 @@ def test_an_encoder_is_added_by_registering_it():
     class Constant(Encoder):
         modalities = ("audio",)
         version = 1
+        libraries = ()
 
         def __init__(self, config):
             super().__init__(config, feature_size=2)
@@ -154,6 +156,38 @@ def test_fingerprint_follows_weights_settings_and_version(monkeypatch):
     unread = EncoderConfig(name="random_sound", max_seconds=5, resolution=64)
     monkeypatch.setattr(type(encoder), "version", 1)
     assert build_encoder(unread).fingerprint() in seen
+
+
+SOUND_READERS = {"numpy", "soundfile", "soxr", "torch"}
+PICTURE_READERS = {"av", "numpy", "pillow", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries"),
+    [
+        ("random_image", PICTURE_READERS),
+        ("random_sound", SOUND_READERS),
+        ("efficientnet_lite0", PICTURE_READERS | {"efficientnet-lite-pytorch"}),
+        ("whisper", SOUND_READERS | {"transformers"}),
+    ],
+)
+def test_fingerprint_follows_the_versions_of_libraries(
+    name, libraries, monkeypatch, request, whisper_folder
+):
+    if name == "efficientnet_lite0":
+        encoder = request.getfixturevalue("efficientnet")
+    else:
+        encoder = build_encoder(EncoderConfig(name=name, weights=str(whisper_folder)))
+    installed, newer = importlib.metadata.version, ""
+
+    def version(library):
+        return installed(library) + (".1" if library == newer else "")
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    seen = {encoder.fingerprint()}
+    for newer in [*sorted(libraries), "pytest"]:
+        seen.add(encoder.fingerprint())
+    assert len(seen) == 1 + len(libraries)  # pytest has nothing to do with it
 
 
 # --- pictures and videos

@@ -27,7 +27,7 @@ def layouts() -> dict[str, Any]:
     for name, parallel in {
         "expert": ParallelConfig(expert=2),
         "tensor": ParallelConfig(tensor=2, sequence_parallel=True),
-        "pipeline": ParallelConfig(pipeline=2, virtual_pipeline=2),
+        "pipeline": ParallelConfig(pipeline=2),
         "data": ParallelConfig(),
     }.items():
         groups = initialise(parallel, seed=5)

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from unimoe_mcore.runtime import capabilities
+from unimoe_mcore.runtime import capabilities, cpu, devices, without_te
 from unimoe_mcore.runtime.capabilities import Capabilities, Choice, Machine, transformer_flags
 
 YES, NO = Choice(True, "2.20.2"), Choice(False, "not installed")
-LAPTOP = Machine(cuda=NO, transformer_engine=NO, apex=NO, wgrad=NO, deep_ep=NO)
-CLUSTER = Machine(cuda=YES, transformer_engine=YES, apex=YES, wgrad=YES, deep_ep=YES)
+LAPTOP = Machine(cuda=NO, transformer_engine=NO, apex=NO, wgrad=NO)
+CLUSTER = Machine(cuda=YES, transformer_engine=YES, apex=YES, wgrad=YES)
 
 
 def package(folder: Path, *files: str) -> None:
@@ -27,7 +29,7 @@ def package(folder: Path, *files: str) -> None:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder at the head of ``sys.path``."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("apex", "amp_C", "deep_ep"):
+    for name in ("apex", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.invalidate_caches()
     return tmp_path
@@ -97,7 +99,7 @@ def test_a_laptop_uses_nothing_that_needs_a_gpu() -> None:
         "cuda": False,
         "transformer_engine": False,
         "adam": "torch",
-        "attention": "sdpa",
+        "attention": "packed",
         "grouped_gemm": False,
         "dispatcher": "alltoall",
         "permute_fusion": False,
@@ -107,26 +109,58 @@ def test_a_laptop_uses_nothing_that_needs_a_gpu() -> None:
     }
 
 
-def test_a_cluster_uses_everything() -> None:
-    assert values(capabilities.choose(CLUSTER)) == {
+def test_a_cluster_uses_what_megatrons_own_modules_can_use() -> None:
+    chosen = capabilities.choose(CLUSTER)
+    assert values(chosen) == {
         "cuda": True,
-        "transformer_engine": True,
+        "transformer_engine": False,
         "adam": "transformer_engine",
-        "attention": "transformer_engine",
-        "grouped_gemm": True,
-        "dispatcher": "flex",
-        "permute_fusion": True,
-        "rope_fusion": True,
+        "attention": "packed",
+        "grouped_gemm": False,
+        "dispatcher": "alltoall",
+        "permute_fusion": False,
+        "rope_fusion": False,
         "weight_gradient_fusion": True,
         "compiled_fusions": True,
     }
+    for choice in (chosen.transformer_engine, chosen.grouped_gemm, chosen.rope_fusion):
+        assert "2.20.2 is installed, but layers are built of Megatron's own" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "patched"),
+    [
+        (LAPTOP, True),
+        (CLUSTER, False),
+        (dataclasses.replace(CLUSTER, transformer_engine=NO), False),
+        (dataclasses.replace(CLUSTER, transformer_engine=NO, apex=NO), True),
+        (dataclasses.replace(CLUSTER, cuda=NO), True),
+    ],
+)
+def test_megatrons_own_modules_are_mended_whatever_is_installed(
+    machine: Machine, patched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    noted = {p: functools.partial(done.append, p.__name__) for p in without_te.PATCHES}
+    monkeypatch.setattr(without_te, "patch_adam", noted[without_te.patch_adam])
+    monkeypatch.setattr(without_te, "PATCHES", tuple(noted.values()))
+    monkeypatch.setattr(without_te, "_installed", False)
+    monkeypatch.setattr(devices, "_prepared", False)
+    monkeypatch.setattr(devices, "detect", lambda: capabilities.choose(machine))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cpu, "install", lambda: None)
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
+    devices.prepare_device()
+    wanted = {"patch_torch_norm", "patch_hybrid_final_norm", "patch_thd_rope"}
+    assert set(done) == wanted | ({"patch_adam"} if patched else set())
 
 
 def test_packages_without_a_device_are_not_used() -> None:
     chosen = capabilities.choose(dataclasses.replace(CLUSTER, cuda=NO))
     assert values(chosen) == values(capabilities.choose(LAPTOP))
     assert "needs CUDA" in chosen.weight_gradient_fusion.reason
-    assert "need CUDA" in chosen.transformer_engine.reason
+    assert "need CUDA" in chosen.adam.reason
 
 
 def test_apex_gives_adam_where_transformer_engine_is_missing() -> None:
@@ -158,29 +192,19 @@ def test_flags_are_fields_of_megatron() -> None:
     assert config.moe_token_dispatcher_type == "alltoall"
     assert not config.use_cpu_initialization
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert set(transformer_flags(capabilities.choose(CLUSTER), expert_ranks=2)) <= known
+    assert set(transformer_flags(capabilities.choose(CLUSTER))) <= known
 
 
 def test_flags_follow_the_choices() -> None:
     laptop = transformer_flags(capabilities.choose(LAPTOP))
-    cluster = transformer_flags(capabilities.choose(CLUSTER), expert_ranks=8)
+    cluster = transformer_flags(capabilities.choose(CLUSTER))
     changed = {name for name in laptop if laptop[name] != cluster[name]}
     assert changed == {
         "gradient_accumulation_fusion",
         "bias_activation_fusion",
         "bias_dropout_fusion",
         "cross_entropy_loss_fusion",
-        "apply_rope_fusion",
-        "moe_permute_fusion",
-        "moe_grouped_gemm",
-        "moe_token_dispatcher_type",
     }
-    assert cluster["moe_flex_dispatcher_backend"] == "deepep"
-
-
-def test_deep_ep_is_not_used_within_one_rank() -> None:
-    flags = transformer_flags(capabilities.choose(CLUSTER), expert_ranks=1)
-    assert flags["moe_token_dispatcher_type"] == "alltoall"
 
 
 def values(chosen: Capabilities) -> dict[str, bool | str]:

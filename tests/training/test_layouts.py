@@ -17,10 +17,15 @@ CASES = "tests.training.cases_stages"
 TOLERANCE = 1e-5
 
 EP1, EP2 = ["parallel.expert=1"], ["parallel.expert=2"]
-PIPELINE = ["parallel.pipeline=2", "parallel.expert=1"]
-TENSOR = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert=1"]
+NO_ROUTING = "trainer.evaluation.routing=false"
+PIPELINE = ["parallel.pipeline=2", "parallel.expert=1", NO_ROUTING]
+TENSOR = [
+    "parallel.tensor=2",
+    "parallel.sequence_parallel=true",
+    "parallel.expert=1",
+    NO_ROUTING,
+]
 SPEECH = ["stage.expert=speech"]
-ONLY_SPEECH = ["data.datasets.twins=0.001", "stage.train=[connector.speech]"]
 
 
 def case(recipe: str, extra: list[str], deal: str = "balanced") -> dict[str, Any]:
@@ -55,6 +60,8 @@ def two(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     """Two processes in all layouts, one after the other in one launch."""
     cases = {
         "base DP=2": case("base", []),
+        "base PP=2": case("base", PIPELINE),
+        "base TP=2": case("base", TENSOR),
         "stage1 DP=2": case("stage1", []),
         "stage1 DP=2 skewed": case("stage1", [], "skewed"),
         "stage1 PP=2": case("stage1", PIPELINE),
@@ -78,6 +85,8 @@ def two(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     "layout",
     [
         "base DP=2",
+        "base PP=2",
+        "base TP=2",
         "stage1 DP=2",
         "stage1 DP=2 skewed",
         "stage1 PP=2",

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from unimoe_mcore.checkpoints.store import ShardReader, write_text
+from data_pipeline.shards.integrity import file_sha256
+from unimoe_mcore.checkpoints.files import flush, write_text
 from unimoe_mcore.config.errors import UserError
 
 FORMAT = 1
@@ -32,7 +31,10 @@ class Manifest:
         run: name of the run.
         language: shape of the language model (``LanguageConfig`` as a dict).
         towers: for every connector given: its ``TowerConfig`` as a dict.
+        sources: what the run took -> hash (``unimoe_mcore.checkpoints.sources``).
+        data: digest of the data it was trained on.
         tensors: name -> shape, dtype, sha256 of the whole tensor's bytes.
+        files: index files and tokenizer -> sha256; the indexes hold those of the weights.
     """
 
     kind: str
@@ -42,7 +44,10 @@ class Manifest:
     run: str
     language: dict[str, Any]
     towers: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    data: str = ""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -62,11 +67,32 @@ def read_manifest(folder: Path, what: str) -> Manifest:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf8"))
-        if raw.get("format") != FORMAT:
-            raise UserError(f"{path} has format {raw.get('format')}, this version reads {FORMAT}.")
-        return Manifest(**raw)
-    except (TypeError, ValueError) as error:
+        if raw["format"] != FORMAT:
+            raise UserError(f"{path} has format {raw['format']}, this version reads {FORMAT}.")
+        manifest = Manifest(**raw)
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse indexes, tokenizer or tensors that are not those the manifest was sealed with."""
+    present = {path.name for path in folder.glob("rank-*.json")}
+    if present | {TOKENIZER} != set(manifest.files) | {TOKENIZER}:
+        raise UserError(f"{folder} has other index files than its manifest lists: give it anew.")
+    for name, digest in manifest.files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise UserError(f"{path} is missing or damaged: its checksum is not the manifest's.")
+    if _whole_hash(manifest.tensors, manifest.files.get(TOKENIZER, "")) != manifest.hash:
+        raise UserError(f"{folder / MANIFEST} is damaged: its tensors do not make its hash.")
+
+
+def _whole_hash(tensors: dict[str, dict[str, Any]], tokenizer: str) -> str:
+    """Hash of names, shapes, types and digests of all tensors, and of the tokenizer's digest."""
+    text = json.dumps([tensors, tokenizer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(folder: Path, facts: Manifest) -> Manifest:
@@ -75,6 +101,10 @@ def seal(folder: Path, facts: Manifest) -> Manifest:
     Args:
         facts: everything but ``hash`` and ``tensors``; an empty ``stands_on`` becomes the hash.
     """
+    import torch
+
+    from unimoe_mcore.checkpoints.store import ShardReader  # imports Megatron; readers need not
+
     reader = ShardReader(folder, verify=False)
     tensors = {}
     for name in sorted(reader.tensors):
@@ -85,16 +115,17 @@ def seal(folder: Path, facts: Manifest) -> Manifest:
             "dtype": str(value.dtype).removeprefix("torch."),
             "sha256": digest,
         }
-    summary = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
-    if (folder / TOKENIZER).is_file():
-        summary.update((folder / TOKENIZER).read_bytes())
-    whole = summary.hexdigest()
+    names = [path.name for path in sorted(folder.glob("rank-*.json"))]
+    names += [TOKENIZER] if (folder / TOKENIZER).is_file() else []
+    files = {name: file_sha256(folder / name) for name in names}
+    whole = _whole_hash(tensors, files.get(TOKENIZER, ""))
     sealed = Manifest(
         **{
             **asdict(facts),
             "hash": whole,
             "stands_on": facts.stands_on or whole,
             "tensors": tensors,
+            "files": files,
         }
     )
     write_text(folder / MANIFEST, json.dumps(asdict(sealed), indent=1))
@@ -102,10 +133,14 @@ def seal(folder: Path, facts: Manifest) -> Manifest:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Make a finished folder visible under its name in one step."""
+    """Make a finished folder visible under its name; a kill leaves the old or the new one whole."""
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_stands_on(part: Manifest, folder: Path, base: Manifest, base_folder: Path) -> None:

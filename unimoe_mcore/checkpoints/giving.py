@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from unimoe_mcore.checkpoints.artefact import TOKENIZER, Manifest, publish, seal
+from unimoe_mcore.checkpoints.sources import Sources
 from unimoe_mcore.checkpoints.store import sharded_tensors, write_shards
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.assembly import is_mlp
@@ -26,7 +27,8 @@ def give(
     folder: Path,
     recipe: Recipe,
     chunks: Sequence[UniMoEModel],
-    stands_on: str,
+    sources: Sources,
+    data: str,
     tokenizer: TextTokenizer,
 ) -> None:
     """Write the stage's artefact; a collective over all ranks, visible only when complete.
@@ -35,7 +37,8 @@ def give(
     adapters merged and the specialised connector, stage 3 all that it trained.
 
     Args:
-        stands_on: hash of the base; empty for a base.
+        sources: what the run took.
+        data: digest of the data it was trained on.
     """
     rank = dist.get_rank()
     partial = folder.with_name(f".partial-{folder.name}")
@@ -54,7 +57,7 @@ def give(
         facts = Manifest(
             kind=recipe.stage.kind,
             hash="",
-            stands_on=stands_on,
+            stands_on=sources.base.hash if sources.base else "",
             expert=recipe.stage.expert if recipe.stage.kind == "expert" else "",
             run=recipe.name,
             language=asdict(recipe.model.language),
@@ -62,6 +65,8 @@ def give(
                 name: asdict(recipe.model.towers[name])
                 for name in towers.get(recipe.stage.kind, [])
             },
+            sources=sources.hashes,
+            data=data,
         )
         seal(partial, facts)
         publish(partial, folder)

@@ -12,7 +12,6 @@ JSON lists for every part the tensor's name, global shape, dtype, and the part's
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.shards.integrity import file_sha256
+from unimoe_mcore.checkpoints.files import flush, write_text
 from unimoe_mcore.config.errors import UserError
 
 
@@ -66,18 +66,16 @@ def write_shards(folder: Path, tensors: Iterator[ShardedTensor], rank: int) -> N
     path = folder / f"rank-{rank:05d}.safetensors"
     # A view would drag its whole storage into the file: safetensors refuses shared storage.
     save_file({name: part.clone() for name, part in parts.items()}, str(path))
+    flush(path)
     index = {"file": path.name, "sha256": file_sha256(path), "parts": entries}
     write_text(folder / f"rank-{rank:05d}.json", json.dumps(index))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either whole or not there, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+}
+"""Element types that an index may name."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class ShardReader:
             if verify and file_sha256(file) != index["sha256"]:
                 raise UserError(f"{file} is damaged: its checksum is not the one written with it.")
             for entry in index["parts"]:
-                dtype = getattr(torch, entry["dtype"])
+                dtype = DTYPES[entry["dtype"]]
                 shape = tuple(entry["global_shape"])
                 part = _Part(file, entry["part"], tuple(entry["offset"]), tuple(entry["shape"]))
                 known = self.tensors.get(entry["tensor"], StoredTensor(shape, dtype, ()))
@@ -151,7 +149,7 @@ class ShardReader:
         offset = offset or (0,) * len(stored.shape)
         shape = stored.shape if shape is None else shape
         result = torch.empty(shape, dtype=stored.dtype)
-        missing = result.numel()
+        covered = torch.zeros(shape, dtype=torch.bool)
         for part in stored.parts:
             low = [max(a, b) for a, b in zip(offset, part.offset, strict=True)]
             high = [
@@ -164,19 +162,18 @@ class ShardReader:
             there = tuple(
                 slice(lo - o, h - o) for lo, h, o in zip(low, high, part.offset, strict=True)
             )
-            piece = self._part(part).view(part.shape)[there]
-            result[here] = piece
-            missing -= piece.numel()
-        if missing:
-            raise UserError(f"{self.folder} lacks {missing} elements of {name}.")
+            result[here] = self._part(part)[there]
+            covered[here] = True
+        if not covered.all():
+            raise UserError(f"{self.folder} lacks {int((~covered).sum())} elements of {name}.")
         return result
 
     def _part(self, part: _Part) -> Tensor:
         try:
             if part.file not in self._files:
                 self._files[part.file] = safe_open(str(part.file), framework="pt")
-            tensor: Tensor = self._files[part.file].get_tensor(part.name)
-        except SafetensorError as error:
+            tensor: Tensor = self._files[part.file].get_tensor(part.name).view(part.shape)
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(f"{part.file} cannot be read: {error}.") from error
         return tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor
 
-from unimoe_mcore.checkpoints.store import (
-    ShardReader,
-    sharded_tensors,
-    write_shards,
-    write_text,
-)
+from unimoe_mcore.checkpoints.files import flush, write_text
+from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors, write_shards
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.model.unimoe import UniMoEModel
 
@@ -38,17 +34,17 @@ class RunState:
 
     Attributes:
         step: optimizer steps done.
-        base: hash of the base that the trained parts stand on; empty for the base stage.
+        sources: what the run stands on (base, experts, connectors) -> hash.
         plan: fingerprint of the data plan.
         datasets: names in the plan, for a message when it differs.
-        recipe: fingerprint of everything in the recipe that decides the numbers.
+        precision: number format of the run.
     """
 
     step: int
-    base: str
+    sources: dict[str, str]
     plan: str
     datasets: list[str]
-    recipe: str
+    precision: str
 
 
 def main_parameter(parameter: torch.nn.Parameter) -> Tensor:
@@ -68,14 +64,10 @@ def _trained(
 ) -> Iterator[tuple[ShardedTensor | ShardedTensorFactory, torch.nn.Parameter]]:
     for chunk in chunks:
         state = chunk.sharded_state_dict()
-        by_data = {id(s.data): s for s in state.values() if hasattr(s, "data")}
         for name, parameter in chunk.named_parameters():
             if not parameter.requires_grad:
                 continue
-            sharded = state.get(name) or by_data.get(id(parameter.data))
-            if sharded is None:
-                raise KeyError(f"{name} has no sharded state")
-            yield sharded, parameter
+            yield state[name], parameter
 
 
 def _built(
@@ -120,10 +112,32 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
 
-    def latest(self) -> Path | None:
-        """The newest finished checkpoint."""
+    def finished(self) -> list[Path]:
+        """The finished checkpoints, newest first."""
         found = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
-        return max(found, default=None, key=lambda p: p.name)
+        return sorted(found, key=lambda p: p.name, reverse=True)
+
+    def newest_whole(self, tell: Callable[[Path, str], None]) -> Path | None:
+        """The newest checkpoint whose files have their checksums; None if there is none at all.
+
+        Args:
+            tell: called with every damaged one and what is wrong with it.
+
+        Raises:
+            UserError: if there are checkpoints, but all are damaged.
+        """
+        found = self.finished()
+        for folder in found:
+            try:
+                read_state(folder)
+                ShardReader(folder, verify=True)
+            except UserError as error:
+                tell(folder, str(error))
+            else:
+                return folder
+        if found:
+            raise UserError(f"All checkpoints in {self.folder} are damaged: delete it to restart.")
+        return None
 
     def save(self, chunks: Sequence[UniMoEModel], optimizer: Any, state: RunState) -> Path:
         """Write a checkpoint; a collective over all ranks.
@@ -146,13 +160,13 @@ class CheckpointFolder:
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
+            flush(self.folder)
             self._forget_old()
         dist.barrier()
         return target
 
     def _forget_old(self) -> None:
-        steps = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        for old in steps[: -self.keep]:
+        for old in self.finished()[self.keep :]:
             shutil.rmtree(old)
 
 
@@ -168,26 +182,15 @@ def read_state(folder: Path) -> RunState:
         raise UserError(f"The checkpoint {folder} cannot be read: {error}.") from error
 
 
-def load_weights(folder: Path, chunks: Sequence[UniMoEModel]) -> None:
-    """Fill the trained parameters of a model that has no optimizer (evaluation, generation)."""
-    reader = ShardReader(folder)
-    with torch.no_grad():
-        for sharded, parameter in _trained(chunks):
-            value = torch.empty_like(parameter.data, dtype=torch.float32)
-            for tensor in _built(sharded, value, "model"):
-                reader.fill(tensor)
-            parameter.data.copy_(value)
-
-
 def load_checkpoint(folder: Path, chunks: Sequence[UniMoEModel], optimizer: Any, step: int) -> None:
     """Fill trained parameters, their fp32 copies and the optimizer's moments.
 
-    Any layout can read what any other wrote.
+    Any layout can read what any other wrote. The files have been verified (``newest_whole``).
 
     Raises:
-        UserError: if the checkpoint is damaged or lacks a tensor.
+        UserError: if the checkpoint lacks a tensor.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, verify=False)
     for tensor in _all_tensors(chunks, optimizer):
         reader.fill(tensor)
     with torch.no_grad():

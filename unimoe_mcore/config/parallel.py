@@ -12,14 +12,15 @@ class ParallelConfig:
     Attributes:
         tensor: ranks that share each matrix of the attention and dense layers.
         pipeline: stages that the layers are divided into.
-        virtual_pipeline: pieces of the model per stage (the interleaved schedule); 1 is none.
+        virtual_pipeline: pieces of the model per stage (the interleaved schedule); 1 is none,
+            and more are refused until evaluation runs under that schedule.
         expert: ranks that the experts are divided among.
         expert_tensor: ranks that share each matrix of an expert.
-        context: ranks that share each sequence.
+        context: ranks that share each sequence; more than 1 is refused until there is an
+            attention that can do it (Transformer Engine's).
         sequence_parallel: divide activations along the sequence between the tensor ranks;
             Megatron requires it of a mixture of experts with ``tensor`` > 1.
         processes: processes that a local launch starts; under Slurm or torchrun it is not read.
-        distributed_optimizer: divide the optimizer's state among the data-parallel ranks.
     """
 
     tensor: int = 1
@@ -30,7 +31,6 @@ class ParallelConfig:
     context: int = 1
     sequence_parallel: bool = False
     processes: int = 2
-    distributed_optimizer: bool = False
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
@@ -54,9 +54,15 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
         return problems  # what follows divides by them
     for names in (("tensor", "pipeline", "context"), ("expert", "expert_tensor", "pipeline")):
         problems += _check_divides(sizes, names, world_size)
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+    if parallel.virtual_pipeline > 1:
         problems.append(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} is not possible yet, because"
+            " evaluation does not run under the interleaved schedule: set it to 1"
+        )
+    if parallel.context > 1:
+        problems.append(
+            f"parallel.context={parallel.context} is not possible yet, because packed attention"
+            " needs whole sequences: set it to 1"
         )
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         problems.append(

@@ -16,7 +16,8 @@ class EvaluationConfig:
         split: ``val`` to choose settings, ``test`` to report.
         before: also judge the model before the first step.
         after: judge the model after the last step.
-        routing: also record which experts the held-out tokens go to (stage 3).
+        routing: also record which experts the held-out tokens go to (stage 3; needs whole rows
+            and all layers on every rank, so neither tensor nor pipeline parallelism).
     """
 
     split: str = "test"
@@ -44,7 +45,7 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; one is also written after the last step.
         keep: newest checkpoints that are kept.
         log_every: steps between the lines printed where there is no terminal.
-        threads: CPU threads per process; 0 leaves it to the environment.
+        threads: CPU threads per process; 0 takes ``OMP_NUM_THREADS``, or 1.
     """
 
     steps: int = 300
@@ -60,7 +61,7 @@ class TrainerConfig:
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 20
-    threads: int = 1
+    threads: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

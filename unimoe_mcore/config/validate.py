@@ -18,6 +18,10 @@ LORA_TARGETS = ("attention", "mlp", "experts")
 WANDB_MODES = ("disabled", "offline", "online")
 
 
+SMALLEST_VOCABULARY = 264
+"""256 bytes and the special tokens of ``data_pipeline.conversation.tokenizer``."""
+
+
 def validate(recipe: Recipe, world_size: int | None = None) -> list[str]:
     """Everything that is wrong with a recipe, a sentence each; empty if nothing is.
 
@@ -81,12 +85,32 @@ def _stage(recipe: Recipe) -> Iterator[str]:
 
 
 def _parts(recipe: Recipe) -> Iterator[str]:
+    """What a stage trains must be what it gives: all else would be lost."""
     stage = recipe.stage
-    known = ["embeddings", "norms", "attention", "mlp", "router", "experts", "lora", "connectors"]
-    known += [f"connector.{tower}" for tower in recipe.model.towers]
+    connectors = ["connectors", *(f"connector.{tower}" for tower in recipe.model.towers)]
+    given = {
+        "base": ["embeddings", "norms", "attention", "mlp"],
+        "align": connectors,
+        "expert": ["lora", "mlp", f"connector.{stage.expert}"],
+        "moe": [
+            "embeddings",
+            "norms",
+            "attention",
+            "mlp",
+            "router",
+            "experts",
+            "lora",
+            *connectors,
+        ],
+    }.get(stage.kind, stage.train)
     for part in stage.train:
-        if part not in known:
-            yield f"stage.train names {part!r}, known parts are {', '.join(known)}"
+        if part not in given:
+            known = ", ".join(given)
+            yield f"stage.train names {part!r}; parts of a {stage.kind} stage are {known}"
+    targets = {"expert": ["mlp"], "moe": list(LORA_TARGETS)}.get(stage.kind, [])
+    for target in stage.lora.targets:
+        if target in LORA_TARGETS and target not in targets:
+            yield f"stage.lora.targets names {target}, which a {stage.kind} stage does not give"
     if not stage.train:
         yield "stage.train is empty, a stage must train something"
     if "lora" in stage.train and not stage.lora.targets:
@@ -102,6 +126,11 @@ def _language(language: LanguageConfig) -> Iterator[str]:
         if getattr(language, key) < 1:
             yield f"model.language.{key} is {getattr(language, key)}, it must be at least 1"
             return
+    if language.vocabulary < SMALLEST_VOCABULARY:
+        yield (
+            f"model.language.vocabulary is {language.vocabulary}, bytes and special tokens alone "
+            f"need {SMALLEST_VOCABULARY}"
+        )
     if language.hidden % language.heads:
         yield (
             f"model.language.hidden={language.hidden} is not divisible by "
@@ -133,6 +162,8 @@ def _data(recipe: Recipe) -> Iterator[str]:
     for key in ("global_samples", "tokens_per_microbatch", "pad_to"):
         if getattr(data, key) < 1:
             yield f"data.{key} is {getattr(data, key)}, it must be at least 1"
+    if data.temperature < 0:
+        yield f"data.temperature is {data.temperature}, it must not be negative"
     if not data.datasets:
         yield "data.datasets is empty, a run needs at least one dataset"
     for name, factor in data.datasets.items():
@@ -166,6 +197,13 @@ def _experts(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"parallel.expert={parallel.expert} does not divide the {experts} experts of "
                 f"stage.experts"
+            )
+        if not 1 <= recipe.model.moe.top_k <= experts:
+            yield f"model.moe.top_k is {recipe.model.moe.top_k}, it must be from 1 to {experts}"
+        if recipe.trainer.evaluation.routing and parallel.tensor * parallel.pipeline > 1:
+            yield (
+                "trainer.evaluation.routing needs parallel.tensor=1 and parallel.pipeline=1 so "
+                "far: set it to false"
             )
         if not moe_blocks(recipe.model.moe.placement, language.blocks):
             yield f"model.moe.placement={recipe.model.moe.placement} leaves no block with experts"

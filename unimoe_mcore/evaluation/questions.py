@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data_pipeline.reading.collate import MicroBatch
 from data_pipeline.reading.loader import SampleReader
@@ -18,7 +20,9 @@ CHUNK = 192
 """Questions that are dealt to the ranks at a time."""
 
 
-def ask(module: TrainModule, reader: SampleReader, routing: bool) -> list[dict[str, Any]]:
+def ask(
+    module: TrainModule, reader: SampleReader, routing: bool, shown: str = ""
+) -> list[dict[str, Any]]:
     """Answer every question of a catalogue, teacher-forced; a collective over all ranks.
 
     An answer is exact if every one of its tokens, the end token included, is the likeliest one
@@ -26,6 +30,7 @@ def ask(module: TrainModule, reader: SampleReader, routing: bool) -> list[dict[s
 
     Args:
         routing: also count which experts each question's tokens go to.
+        shown: title of a progress bar, on a terminal; empty for none.
 
     Returns:
         On rank 0 one record per question: dataset, group, key, exact, loss (sum over the label
@@ -38,7 +43,9 @@ def ask(module: TrainModule, reader: SampleReader, routing: bool) -> list[dict[s
         for row in range(len(dataset.entries))
     ]
     mine: list[dict[str, Any]] = []
-    for start in range(0, len(places), CHUNK):
+    silent = not (shown and sys.stderr.isatty())
+    starts = range(0, len(places), CHUNK)
+    for start in tqdm(starts, f"{shown}: questions", disable=silent, leave=False):
         part = places[start : start + CHUNK]
         batches = reader.deal(part, module.data_rank, module.data_ranks)
         with RoutingRecorder(module.chunks, enabled=routing) as recorder:

@@ -62,7 +62,7 @@ def _head(results: Results) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in version["packages"].items())
     lines = [
         "# What the model learnt",
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {version['commit'][:12]}, {version['cpu']}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {short(version['commit'])}, {version['cpu']}, "
         f"{version['cores']} cores, Python {version['python']}, {packages}.",
     ]
     lines += [f"Note: {note}" for note in results.notes]
@@ -83,6 +83,11 @@ def mean_exact(judged: Judged) -> float:
     """Mean over tasks of the share of exact answers."""
     scores = judged.scores()
     return sum(score.share for score in scores.values()) / max(1, len(scores))
+
+
+def short(commit: str) -> str:
+    """Twelve digits of a commit, and ``+`` where files differed from it."""
+    return commit[:12] + ("+" if commit.endswith("+") else "")
 
 
 def _verdict(results: Results) -> str:
@@ -115,7 +120,11 @@ def accuracy_table(results: Results) -> str:
         majority = f"{results.majority.get(task, 0.0):.2f}"
         name = f"`{task}` {TASKS.get(task, '')}".strip()
         rows.append([name, total, majority, *cells, f"{low:.2f} to {high:.2f}"])
-    means = [f"**{mean_exact(column):.2f}**" for column in results.columns]
+    asked = len(results.columns[-1].scores())
+    means = [
+        f"**{mean_exact(column):.2f}**" if len(column.scores()) == asked else ""
+        for column in results.columns
+    ]
     rows.append(["**mean**", "", "", *means, ""])
     explained = (
         "Share of exactly right answers after each stage. The interval (Wilson, 95 %) is that of "

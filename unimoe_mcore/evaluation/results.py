@@ -105,9 +105,9 @@ def gather(
     results = Results(split=split, notes=list(manifest.notes))
     for name, when, title in order:
         run = RunDirectory(runs / name, writes=False)
-        path = run.evaluation(when)
+        path = run.evaluation(when, split)
         if not path.is_file():
-            raise UserError(f"{path} is missing: the run {name} is not finished.")
+            raise UserError(f"{path} is missing: run {name} again, it continues where it was.")
         results.columns.append(Judged(title, read_lines(path)))
         metrics = run.path / "metrics.jsonl"
         results.curves[name] = read_lines(metrics) if metrics.is_file() else []

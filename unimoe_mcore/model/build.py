@@ -18,6 +18,7 @@ from unimoe_mcore.model.towers.encoders import build_encoder
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
+from unimoe_mcore.runtime.devices import device
 
 
 def expert_count(recipe: Recipe) -> int:
@@ -72,7 +73,7 @@ def build_model(
     _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
     if recipe.stage.lora.targets:
         add_lora(model.language_model, recipe.stage.lora)
-    return model.to(dtype)
+    return model.to(device(), dtype)
 
 
 def _tower_specs(recipe: Recipe, groups: ProcessGroupCollection) -> dict[str, ModuleSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from unimoe_mcore.config.model import LanguageConfig
 from unimoe_mcore.model.lora import lora_initial
 
 
@@ -26,20 +28,26 @@ def seeded_by_name(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """Whole initial value (fp32) of a tensor that a stage adds: router or LoRA.
+def initial_value(name: str, shape: tuple[int, ...], seed: int, language: LanguageConfig) -> Tensor:
+    """Whole initial value (fp32) of a language-model tensor, a router or an adapter.
 
-    The router is N(0, std), as in the official model.
+    Norms are one; weights N(0, init_std), those that write into the residual stream
+    N(0, init_std / sqrt(2 * blocks)) (Megatron's ``scaled_init_method_normal``, after GPT-2).
     """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
     generator = torch.Generator().manual_seed(name_seed(seed, name))
     if ".lora_" in name:
         return lora_initial(name, shape, generator)
+    std = language.init_std
+    if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
+        std /= math.sqrt(2 * language.blocks)
     return torch.randn(shape, generator=generator) * std
 
 
-def initialise(tensor: ShardedTensor, seed: int, std: float) -> None:
-    """Fill this rank's part of a tensor that the stage adds."""
+def initialise(tensor: ShardedTensor, seed: int, language: LanguageConfig) -> None:
+    """Fill this rank's part of a tensor that the stage makes anew."""
     assert tensor.data is not None
-    whole = initial_value(tensor.key, tuple(tensor.global_shape), seed, std)
+    whole = initial_value(tensor.key, tuple(tensor.global_shape), seed, language)
     with torch.no_grad():
         tensor.data.copy_(whole[tensor.global_slice()])

@@ -40,14 +40,12 @@ class Machine:
         transformer_engine: NVIDIA's Transformer Engine.
         apex: NVIDIA's Apex with its CUDA extensions (not PyPI's package of that name).
         wgrad: ``fused_weight_gradient_mlp_cuda``, an extension of Apex.
-        deep_ep: DeepEP, the kernels behind Megatron's flex dispatcher.
     """
 
     cuda: Choice[bool]
     transformer_engine: Choice[bool]
     apex: Choice[bool]
     wgrad: Choice[bool]
-    deep_ep: Choice[bool]
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,9 @@ class Capabilities:
         cuda: whether there is a CUDA device.
         transformer_engine: whether layers are built of Transformer Engine's modules.
         adam: ``transformer_engine``, ``apex`` or ``torch`` (``runtime.adam``).
-        attention: ``transformer_engine`` or ``sdpa`` (torch's scaled dot product attention).
+        attention: ``packed``, the project's own.
         grouped_gemm: the experts of a rank in one grouped matrix product.
-        dispatcher: ``flex`` (DeepEP) or ``alltoall``.
+        dispatcher: ``alltoall``, how tokens travel to their experts.
         permute_fusion: tokens sorted by expert in one kernel.
         rope_fusion: rotary embedding in one kernel.
         weight_gradient_fusion: weight gradients added to the buffer inside the matrix product.
@@ -80,7 +78,7 @@ class Capabilities:
 
 
 MINIMUM_TE = Version("2.1")
-"""Oldest Transformer Engine with every fusion used here (moe_utils.py:391 asks for 2.1)."""
+"""Oldest Transformer Engine whose ``FusedAdam`` is trusted."""
 
 
 @cache
@@ -97,7 +95,6 @@ def look() -> Machine:
         transformer_engine=probe_transformer_engine(cuda.value),
         apex=probe_apex(),
         wgrad=_probe_module("fused_weight_gradient_mlp_cuda"),
-        deep_ep=_probe_module("deep_ep"),
     )
 
 
@@ -150,22 +147,21 @@ def probe_apex() -> Choice[bool]:
 
 
 def choose(machine: Machine) -> Capabilities:
-    """Decide on every kernel from what is installed."""
-    te = machine.transformer_engine
-    if te.value and not machine.cuda.value:
-        te = Choice(False, f"{te.reason} is installed, but its kernels need CUDA")
-    by_te = "Transformer Engine's" if te.value else f"needs Transformer Engine: {te.reason}"
+    """Decide on every kernel from what is installed.
+
+    The layers are built of Megatron's local modules on every machine (``model/language.py``), so
+    nothing that is part of Transformer Engine's layers is ever chosen.
+    """
+    without = Choice(False, _why_no_te_layers(machine.transformer_engine))
     return Capabilities(
         cuda=machine.cuda,
-        transformer_engine=te,
-        adam=_choose_adam(machine, te),
-        attention=Choice("transformer_engine", by_te)
-        if te.value
-        else Choice("sdpa", "torch's own, on any device"),
-        grouped_gemm=Choice(te.value, by_te),
-        dispatcher=_choose_dispatcher(machine),
-        permute_fusion=Choice(te.value, by_te),
-        rope_fusion=Choice(te.value, by_te),
+        transformer_engine=without,
+        adam=_choose_adam(machine),
+        attention=Choice("packed", "our own packed attention (unimoe_mcore/model/attention.py)"),
+        grouped_gemm=without,
+        dispatcher=Choice("alltoall", "Megatron's own, on any device"),
+        permute_fusion=without,
+        rope_fusion=without,
         weight_gradient_fusion=_with_cuda(machine, machine.wgrad),
         compiled_fusions=Choice(
             machine.cuda.value,
@@ -176,16 +172,10 @@ def choose(machine: Machine) -> Capabilities:
     )
 
 
-def transformer_flags(capabilities: Capabilities, expert_ranks: int = 1) -> dict[str, Any]:
-    """The fields of Megatron's ``TransformerConfig`` that say which kernels are used.
-
-    Args:
-        capabilities: from ``detect()``.
-        expert_ranks: tensor x expert parallel ranks; DeepEP needs more than one
-            (``token_dispatcher.py:1770``).
-    """
+def transformer_flags(capabilities: Capabilities) -> dict[str, Any]:
+    """The fields of Megatron's ``TransformerConfig`` that say which kernels are used."""
     compiled = capabilities.compiled_fusions.value
-    flags: dict[str, Any] = {
+    return {
         # On the CPU too: Megatron's own CPU initialisation gives every expert-parallel rank the
         # same expert weights.
         "use_cpu_initialization": False,
@@ -199,29 +189,28 @@ def transformer_flags(capabilities: Capabilities, expert_ranks: int = 1) -> dict
         "apply_rope_fusion": capabilities.rope_fusion.value,
         "moe_permute_fusion": capabilities.permute_fusion.value,
         "moe_grouped_gemm": capabilities.grouped_gemm.value,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": capabilities.dispatcher.value,
         # No CUDA graphs; the default, "full", is deprecated and warns on every construction.
         "cuda_graph_modules": [],
     }
-    if capabilities.dispatcher.value == "flex" and expert_ranks > 1:
-        flags["moe_token_dispatcher_type"] = "flex"
-        flags["moe_flex_dispatcher_backend"] = "deepep"
-    return flags
 
 
-def _choose_adam(machine: Machine, te: Choice[bool]) -> Choice[str]:
+def _why_no_te_layers(te: Choice[bool]) -> str:
+    ours = "layers are built of Megatron's own modules"
     if te.value:
+        return f"Transformer Engine {te.reason} is installed, but {ours} so far"
+    return f"{ours}; Transformer Engine: {te.reason}"
+
+
+def _choose_adam(machine: Machine) -> Choice[str]:
+    """Transformer Engine's before Apex's, as Megatron does (``optimizer/__init__.py:13``)."""
+    if machine.cuda.value and machine.transformer_engine.value:
         return Choice("transformer_engine", "FusedAdam of Transformer Engine")
-    if machine.apex.value and machine.cuda.value:
+    if machine.cuda.value and machine.apex.value:
         return Choice("apex", "FusedAdam of NVIDIA Apex")
+    if machine.transformer_engine.value or machine.apex.value:
+        return Choice("torch", "torch's fused kernel; the installed ones need CUDA")
     return Choice("torch", "torch's fused kernel; neither Transformer Engine nor NVIDIA Apex here")
-
-
-def _choose_dispatcher(machine: Machine) -> Choice[str]:
-    usable = _with_cuda(machine, machine.deep_ep)
-    if usable.value:
-        return Choice("flex", "DeepEP is installed")
-    return Choice("alltoall", f"flex needs DeepEP: {usable.reason}")
 
 
 def _with_cuda(machine: Machine, kernel: Choice[bool]) -> Choice[bool]:

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from unimoe_mcore.runtime import without_te
 from unimoe_mcore.runtime.capabilities import detect
 from unimoe_mcore.runtime.quiet import silence_import_remarks
 
@@ -17,9 +18,10 @@ def prepare_device() -> None:
     """Make this process ready for Megatron; call it before ``megatron`` is imported.
 
     With a CUDA device: make the one of this local rank current. Without: lend Megatron the names
-    it needs (``runtime.cpu``) and use one thread, or as many as ``OMP_NUM_THREADS`` says. A second
-    call does nothing. An entry point calls it at module level: the checkpoint worker is a spawned
-    process that imports the entry point's module, and needs it as well.
+    it needs (``runtime.cpu``) and use one thread, or as many as ``OMP_NUM_THREADS`` says. On both:
+    what Megatron's own modules lack (``runtime.without_te``). A second call does nothing. An entry
+    point calls it at module level: the checkpoint worker is a spawned process that imports the
+    entry point's module, and needs it as well.
 
     Raises:
         RuntimeError: if Megatron is imported already.
@@ -38,10 +40,8 @@ def prepare_device() -> None:
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         cpu.install()
-    if not found.transformer_engine.value:
-        from unimoe_mcore.runtime import without_te
-
-        without_te.install(keep_adam=found.adam.value == "apex")
+    # On every machine: the layers are Megatron's own modules also where Transformer Engine is.
+    without_te.install(keep_adam=found.adam.value != "torch")
     _prepared = True
 
 

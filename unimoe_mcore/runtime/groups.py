@@ -11,11 +11,17 @@ import torch.distributed
 
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.parallel import ParallelConfig, check_layout
-from unimoe_mcore.runtime.capabilities import detect
 from unimoe_mcore.runtime.devices import backend, prepare_device
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+# During set-up one rank reads and checks every byte of the data while the others wait in a barrier:
+# with big data that takes longer than the usual ten minutes. A rank that died is noticed by the
+# launcher, not by this.
+SETUP_TIMEOUT = timedelta(hours=1)
+"""How long a collective waits for a rank that does not come."""
 
 
 class LayoutError(UserError):
@@ -23,7 +29,7 @@ class LayoutError(UserError):
 
 
 def initialise(
-    parallel: ParallelConfig, seed: int = 1234, timeout: timedelta = timedelta(minutes=10)
+    parallel: ParallelConfig, seed: int = 1234, timeout: timedelta = SETUP_TIMEOUT
 ) -> ProcessGroupCollection:
     """Set up ``torch.distributed``, Megatron's process groups and the seeds of every rank.
 
@@ -44,11 +50,6 @@ def initialise(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = check_layout(parallel, world_size)
-    if parallel.context > 1 and not detect().transformer_engine.value:
-        problems.append(
-            f"parallel.context={parallel.context} needs Transformer Engine:"
-            f" {detect().transformer_engine.reason}"
-        )
     if problems:
         raise LayoutError("; ".join(problems))
 

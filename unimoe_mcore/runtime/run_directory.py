@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from unimoe_mcore.config.errors import UserError
 
 PACKAGES = ("torch", "megatron-core", "transformers", "webdataset", "numpy")
 
@@ -50,9 +54,44 @@ class RunDirectory:
         """The tokenizer of a base stage while it is being trained."""
         return self.path / "tokenizer.json"
 
-    def evaluation(self, name: str) -> Path:
-        """Record of the held-out questions, ``before`` or ``after`` training."""
-        return self.path / "evaluation" / f"{name}.jsonl"
+    def evaluation(self, name: str, split: str) -> Path:
+        """Record of a split's held-out questions, ``before`` or ``after`` training."""
+        return self.path / "evaluation" / f"{name}.{split}.jsonl"
+
+    @property
+    def started(self) -> bool:
+        """Whether there is something that other settings or data would contradict."""
+        return any(self.checkpoints.glob("step-*")) or self.gives.is_dir()
+
+    def lock(self, seconds: float = 0.0) -> TextIO:
+        """Hold the directory until the returned file is closed or this process ends.
+
+        Args:
+            seconds: how long to wait for another holder, which may just be dying.
+
+        Raises:
+            UserError: if another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w", encoding="utf8")
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() > until:
+                    file.close()
+                    message = f"{self.path} is in use: another process trains this run."
+                    raise UserError(message) from error
+                time.sleep(0.2)
+            else:
+                return file
+
+    def forget(self) -> None:
+        """Remove what an earlier start under other settings left before its first checkpoint."""
+        for name in ("tokenizer.json", "metrics.jsonl", "events.jsonl", "data.txt"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "evaluation", ignore_errors=True)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -84,6 +123,11 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             facts = {**code_version(), **machine()}
             (self.path / "version.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
+
+
+def given(run: RunDirectory) -> bool:
+    """Whether the run has given what it gives."""
+    return (run.gives / "manifest.json").is_file()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""What Megatron-Core 0.19.2 lacks where Transformer Engine is missing, on any device.
+"""What Megatron-Core 0.19.2 lacks without Transformer Engine's layers, on any device.
 
 Same rules as ``runtime.cpu``: one function per reason, with the line of Megatron that needs it.
-``runtime.devices.prepare_device`` applies them when ``runtime.capabilities`` finds no usable
-Transformer Engine.
+``runtime.devices.prepare_device`` applies them on every machine, whatever is installed: the model
+is built of Megatron's own modules also where Transformer Engine is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def patch_hybrid_final_norm() -> None:
     """Give ``HybridModel`` a final norm.
 
     ``hybrid_block.py:215`` names Transformer Engine's ``TENorm`` instead of asking the layer spec.
-    Without: ``ImportError: Transformer Engine is not installed``.
+    Without: ``ImportError: Transformer Engine is not installed``; where it is installed, a norm of
+    another kind than all others of the model.
     """
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -124,7 +125,8 @@ def install(keep_adam: bool = False) -> None:
     """Apply every patch, once; a second call does nothing.
 
     Args:
-        keep_adam: leave the optimizer as it is (Apex's own ``FusedAdam`` is there and usable).
+        keep_adam: leave the optimizer as it is (a ``FusedAdam`` of Transformer Engine or Apex is
+            there and usable).
     """
     global _installed
     if _installed:

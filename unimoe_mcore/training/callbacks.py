@@ -80,13 +80,21 @@ class Metrics:
     def step(self, record: StepRecord) -> None:
         """Write one line."""
         self.run.metrics(record.flat())
-        if self._mirror is not None:
-            self._mirror.log(record.flat(), step=record.step)
+        self._mirrored(lambda mirror: mirror.log(record.flat(), step=record.step))
 
     def end(self) -> None:
         """Close the mirror."""
-        if self._mirror is not None:
-            self._mirror.finish()
+        self._mirrored(lambda mirror: mirror.finish())
+
+    def _mirrored(self, work: Callable[[Any], object]) -> None:
+        """Do something with the mirror; the first failure ends it, not the run."""
+        if self._mirror is None:
+            return
+        try:
+            work(self._mirror)
+        except Exception as error:
+            self._mirror = None
+            _wandb_is_off(self.run, error)
 
 
 def _open_wandb(run: RunDirectory, recipe: Recipe) -> Any:
@@ -94,6 +102,8 @@ def _open_wandb(run: RunDirectory, recipe: Recipe) -> Any:
     try:
         import wandb
 
+        if recipe.logging.wandb == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("no API key: log in with `wandb login`, or set WANDB_API_KEY")
         return wandb.init(
             project=recipe.logging.project,
             name=recipe.name,
@@ -101,11 +111,16 @@ def _open_wandb(run: RunDirectory, recipe: Recipe) -> Any:
             resume="allow",
             mode=recipe.logging.wandb,  # type: ignore[arg-type]
             dir=str(run.path),
+            settings=wandb.Settings(silent=True, init_timeout=60),
         )
     except Exception as error:
-        run.event("wandb failed", error=str(error))
-        print(f"wandb is off for this run: {error}", file=sys.stderr)
+        _wandb_is_off(run, error)
         return None
+
+
+def _wandb_is_off(run: RunDirectory, error: Exception) -> None:
+    run.event("wandb failed", error=str(error))
+    print(f"wandb is off for this run: {error}", file=sys.stderr, flush=True)
 
 
 @dataclass

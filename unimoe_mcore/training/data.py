@@ -11,6 +11,7 @@ from data_pipeline.planning.plan import GlobalPlan
 from data_pipeline.reading.loader import Packing, SampleReader
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest
+from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.towers import medium_tokens, tower_modalities
 
@@ -51,6 +52,7 @@ def training_reader(
         have = manifest.datasets.get("train", {})
         datasets = {name: factor for name, factor in datasets.items() if name in have}
     reader = split_reader(recipe, manifest, tokenizer, "train", datasets)
+    check_fits(recipe, manifest, reader, "train")
     plan = GlobalPlan(
         tuple(dataset.share for dataset in reader.catalogue.datasets),
         recipe.data.seed,
@@ -59,6 +61,63 @@ def training_reader(
         recipe.data.compose,
     )
     return reader, plan
+
+
+def held_out_reader(recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer) -> SampleReader:
+    """The held-out questions of a run: text for a base, else all that its towers can take.
+
+    Raises:
+        UserError: if the split holds no such question.
+    """
+    split, chosen = recipe.trainer.evaluation.split, recipe.data.evaluation_datasets
+    modalities = _modalities(recipe)
+    wanted = [
+        name
+        for name, facts in manifest.datasets.get(split, {}).items()
+        if (not chosen or name in chosen) and set(facts.combination.split("+")) <= modalities
+    ]
+    if not wanted:
+        raise UserError(
+            f"{manifest.folder} has no {split} questions for this stage: name some in "
+            f"data.evaluation_datasets, or choose another trainer.evaluation.split."
+        )
+    reader = split_reader(recipe, manifest, tokenizer, split, dict.fromkeys(wanted, 1.0))
+    check_fits(recipe, manifest, reader, split)
+    return reader
+
+
+def _modalities(recipe: Recipe) -> set[str]:
+    """What a stage can take: text, and the modalities of its towers (a base has none)."""
+    towers = () if recipe.stage.kind == "base" else recipe.model.towers
+    return {"text", *(modality for name in towers for modality in tower_modalities(name))}
+
+
+def check_fits(recipe: Recipe, manifest: Manifest, reader: SampleReader, split: str) -> None:
+    """Refuse datasets that the stage has no tower for, and samples that are too long.
+
+    Raises:
+        UserError: naming the dataset or the sample.
+    """
+    modalities = _modalities(recipe)
+    for number, dataset in enumerate(reader.catalogue.datasets):
+        name = dataset.share.name
+        foreign = set(manifest.datasets[split][name].combination.split("+")) - modalities
+        if foreign:
+            raise UserError(
+                f"{name} needs {', '.join(sorted(foreign))}, for which this {recipe.stage.kind} "
+                f"stage has no tower: take it out of data.datasets."
+            )
+        for row, entry in enumerate(dataset.entries):
+            tokens = reader.catalogue.tokens(number, row, reader.medium_tokens)
+            for key, most in (
+                ("data.tokens_per_microbatch", recipe.data.tokens_per_microbatch),
+                ("model.language.max_tokens", recipe.model.language.max_tokens),
+            ):
+                if tokens > most:
+                    raise UserError(
+                        f"{entry.sample.key} of {split}/{name} has {tokens} tokens, more than "
+                        f"{key}={most}."
+                    )
 
 
 def split_reader(

@@ -23,13 +23,16 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from data_pipeline.reading.collate import GROUPS, MicroBatch
-from unimoe_mcore.checkpoints.loading import Sources, load_sources
+from unimoe_mcore.checkpoints.loading import load_sources
+from unimoe_mcore.checkpoints.sources import Sources
+from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import TrainerConfig
 from unimoe_mcore.model.build import build_model
 from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.unimoe import UniMoEModel
-from unimoe_mcore.runtime.precision import DTYPES, choose_precision
+from unimoe_mcore.runtime.devices import device
+from unimoe_mcore.runtime.precision import DTYPES
 from unimoe_mcore.training.report import grouped_sums
 
 
@@ -81,10 +84,11 @@ class TrainModule:
         markers: dict[str, int],
         kernels: dict[str, Any],
         sources: Sources,
+        precision: str,
     ) -> None:
         self.recipe = recipe
         self.groups = groups
-        dtype = DTYPES[choose_precision(recipe.trainer.precision).value]
+        dtype = DTYPES[precision]
         virtual = recipe.parallel.virtual_pipeline
         stages = [None] if virtual == 1 else list(range(virtual))
         self.chunks: list[UniMoEModel] = [
@@ -95,6 +99,7 @@ class TrainModule:
             load_sources(chunk, sources, recipe)
             for part, count in train_only(chunk, recipe.stage.train).items():
                 self.trained[part] = self.trained.get(part, 0) + count
+        self._check_all_train(recipe.stage.train)
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = get_megatron_optimizer(
@@ -102,6 +107,20 @@ class TrainModule:
         )
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def _check_all_train(self, parts: Sequence[str]) -> None:
+        """Refuse a part of ``stage.train`` that no rank has.
+
+        Raises:
+            UserError: naming the part and those that there are.
+        """
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self.trained)
+        found = {part for trained in gathered for part in trained}
+        found |= {"connectors"} if any(part.startswith("connector.") for part in found) else set()
+        absent = [part for part in parts if part not in found]
+        if absent:
+            raise UserError(f"stage.train names {', '.join(absent)}, which this model has not.")
 
     def _wrap(self, chunk: UniMoEModel, first: bool) -> DistributedDataParallel:
         reduction = DistributedDataParallelConfig(
@@ -145,6 +164,8 @@ class TrainModule:
         sums = self._run(batches, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            # Megatron exempts biases and vectors by a multiplier that only its own scheduler reads.
+            group["weight_decay"] = self.recipe.trainer.weight_decay * group.get("wd_mult", 1.0)
         _, grad_norm, _ = self.optimizer.step()
         return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
 
@@ -232,12 +253,12 @@ def _loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
 
 
 def _forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-    batch = next(iterator)
+    batch = next(iterator).to(device())
     return model(batch), partial(_loss, batch)
 
 
 def _judge_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-    batch = next(iterator)
+    batch = next(iterator).to(device())
     places = unwrap_model(model).answer_places(batch)
     return model(batch, with_loss=False), partial(_judge, batch, places)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.planning.plan import plan_difference
-from data_pipeline.shards.index import Manifest, load_manifest
+from data_pipeline.shards.index import Manifest
 from data_pipeline.shards.integrity import verify
 from unimoe_mcore.checkpoints.artefact import TOKENIZER
+from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.giving import give
-from unimoe_mcore.checkpoints.loading import Sources, find_sources
+from unimoe_mcore.checkpoints.sources import Sources, find_sources
 from unimoe_mcore.checkpoints.training import (
     CheckpointFolder,
     RunState,
@@ -29,9 +28,11 @@ from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
 from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
-from unimoe_mcore.runtime.run_directory import RunDirectory
+from unimoe_mcore.runtime.precision import choose_precision
+from unimoe_mcore.runtime.run_directory import RunDirectory, given
+from unimoe_mcore.training.agreement import decided_by_first_rank
 from unimoe_mcore.training.callbacks import Callback, Checkpoints, Metrics, Progress
-from unimoe_mcore.training.data import split_reader, train_tokenizer, training_reader
+from unimoe_mcore.training.data import held_out_reader, train_tokenizer, training_reader
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
 
@@ -44,45 +45,56 @@ class StageRun:
         self.directory = run
         self.first_rank = dist.get_rank() == 0
         self.sources: Sources = find_sources(recipe)
-        self.manifest: Manifest = self._verified_data()
+        self.manifest: Manifest = decided_by_first_rank(lambda: verify(Path(recipe.data.folder)))
+        decided_by_first_rank(self._forget_other_data)
         self.tokenizer = self._tokenizer()
         self.reader, self.plan = training_reader(recipe, self.manifest, self.tokenizer)
+        self.questions = held_out_reader(recipe, self.manifest, self.tokenizer)
+        self.precision = decided_by_first_rank(
+            lambda: choose_precision(recipe.trainer.precision).value
+        )
         self.module = TrainModule(
             recipe,
             groups,
             dict(self.tokenizer.markers),
             transformer_flags(detect()),
             self.sources,
+            self.precision,
         )
         self.checkpoints = CheckpointFolder(run.checkpoints, recipe.trainer.keep)
 
-    @property
-    def base_hash(self) -> str:
-        """Hash of the base this run stands on; empty for the base stage."""
-        return self.sources.base.hash if self.sources.base else ""
+    def _forget_other_data(self) -> None:
+        """Start afresh where the data have changed since; refuse if the run has checkpoints.
 
-    def _verified_data(self) -> Manifest:
-        """The data's manifest, once one process of this node has checked the shards."""
-        folder = Path(self.recipe.data.folder)
-        if self.first_rank:
-            verify(folder)
-        dist.barrier()
-        return load_manifest(folder)
+        Raises:
+            UserError: if checkpoints or gifts were made from other data.
+        """
+        stamp, digest = self.directory.path / "data.txt", self.manifest.digest
+        if stamp.is_file() and stamp.read_text(encoding="utf8") != digest:
+            if self.directory.started:
+                raise UserError(
+                    f"{self.directory.path} was trained on other data than {self.manifest.folder} "
+                    f"now holds: give this run another name (name=...) or delete that folder."
+                )
+            self.directory.forget()
+        write_text(stamp, digest)
 
     def _tokenizer(self) -> TextTokenizer:
         """The base's tokenizer; a base stage trains its own, once."""
         if self.sources.base is not None:
             return TextTokenizer.load(self.sources.base_folder / TOKENIZER)
-        if self.first_rank and not self.directory.tokenizer.is_file():
-            trained = train_tokenizer(self.manifest, self.recipe.model.language.vocabulary)
-            partial = self.directory.tokenizer.with_name(".tokenizer.json.partial")
-            trained.save(partial)
-            partial.replace(self.directory.tokenizer)
-        dist.barrier()
-        return TextTokenizer.load(self.directory.tokenizer)
+        path = self.directory.tokenizer
+
+        def train_once() -> None:
+            if not path.is_file():
+                trained = train_tokenizer(self.manifest, self.recipe.model.language.vocabulary)
+                write_text(path, trained.serialised())
+
+        decided_by_first_rank(train_once)
+        return TextTokenizer.load(path)
 
     def run(self) -> None:
-        """Resume or start, train, evaluate, give. Does nothing that is already done."""
+        """Resume or start, train, evaluate, give; what is done already is not done again."""
         self.directory.write_version()
         self._announce()
         first = self._resume()
@@ -104,93 +116,112 @@ class StageRun:
         )
         if trainer.evaluation.after:
             self.evaluate("after")
-        give(self.directory.gives, self.recipe, module.chunks, self.base_hash, self.tokenizer)
-        self.directory.event("done", step=trainer.steps)
+        if not decided_by_first_rank(lambda: given(self.directory)):
+            give(
+                self.directory.gives,
+                self.recipe,
+                module.chunks,
+                self.sources,
+                self.manifest.digest,
+                self.tokenizer,
+            )
+            self.directory.event("done", step=trainer.steps)
 
     def _announce(self) -> None:
         total, trained = count_parameters(self.module.chunks[0])
         parts = dict(sorted(self.module.trained.items()))
+        ranks, layout = dist.get_world_size(), asdict(self.recipe.parallel)
         self.directory.event(
-            "start", parameters=total, trained=trained, parts=parts, ranks=dist.get_world_size()
+            "start",
+            parameters=total,
+            trained=trained,
+            parts=parts,
+            ranks=ranks,
+            layout=layout,
+            precision=self.precision,
         )
         if self.first_rank:
             listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
             print(
                 f"{self.recipe.name}: {total / 1e6:.2f} M parameters on rank 0, "
-                f"{trained / 1e6:.2f} M train ({listed}), {dist.get_world_size()} processes, "
-                f"EP={self.recipe.parallel.expert}",
+                f"{trained / 1e6:.2f} M train ({listed}), {ranks} processes, "
+                f"EP={self.recipe.parallel.expert}, {self.precision}",
                 flush=True,
             )
 
     def _state(self, step: int) -> RunState:
         return RunState(
             step=step,
-            base=self.base_hash,
+            sources=self.sources.hashes,
             plan=self.plan.fingerprint(),
             datasets=[share.name for share in self.plan.datasets],
-            recipe=_fingerprint(self.recipe),
+            precision=self.precision,
         )
 
     def _save(self, step: int) -> None:
         self.checkpoints.save(self.module.chunks, self.module.optimizer, self._state(step))
 
     def _resume(self) -> int:
-        """Load the newest checkpoint, if there is one.
+        """Load the newest whole checkpoint, if there is one.
 
         Returns:
             Steps that are done.
 
         Raises:
-            UserError: if it stands on another base or plan.
+            UserError: if it stands on other sources, another plan or another number format.
         """
-        latest = self.checkpoints.latest()
+
+        def tell(folder: Path, reason: str) -> None:
+            self.directory.event("damaged checkpoint", folder=str(folder), reason=reason)
+            print(f"{self.recipe.name}: {reason} Going back to the one before.", flush=True)
+
+        latest = decided_by_first_rank(lambda: self.checkpoints.newest_whole(tell))
         if latest is None:
             return 0
         state = read_state(latest)
-        now = self._state(state.step)
-        if state.base != now.base:
-            raise UserError(
-                f"{latest} stands on base {state.base[:12]}, the recipe's base is "
-                f"{now.base[:12]}: give this run another name (name=...) or delete {latest.parent}."
-            )
-        if state.plan != now.plan:
-            difference = plan_difference(state.datasets, now.datasets)
-            raise UserError(
-                f"{latest} was trained on another data plan: the recipe now draws {difference}; "
-                f"give this run another name (name=...) or delete {latest.parent}."
-            )
+        self._check_continues(state, latest)
         load_checkpoint(latest, self.module.chunks, self.module.optimizer, state.step)
         self.directory.event("resume", step=state.step)
-        if self.first_rank:
+        if self.first_rank and state.step < self.recipe.trainer.steps:
             print(f"{self.recipe.name}: continues from step {state.step}", flush=True)
         return state.step
 
+    def _check_continues(self, state: RunState, folder: Path) -> None:
+        now = self._state(state.step)
+        cure = f"give this run another name (name=...) or delete {folder.parent.parent}."
+        for part in sorted({*state.sources, *now.sources}):
+            before, after = state.sources.get(part, ""), now.sources.get(part, "")
+            if before != after:
+                raise UserError(
+                    f"{folder} was trained with {part} {before[:12] or 'absent'}, the recipe's is "
+                    f"{after[:12] or 'absent'}: {cure}"
+                )
+        if state.plan != now.plan:
+            difference = plan_difference(state.datasets, now.datasets)
+            raise UserError(
+                f"{folder} was trained on another data plan: the recipe now draws {difference}; "
+                + cure
+            )
+        if state.precision != now.precision:
+            raise UserError(
+                f"{folder} was computed in {state.precision}, this run would go on in "
+                f"{now.precision}: set trainer.precision={state.precision}."
+            )
+
     def evaluate(self, name: str) -> None:
-        """Ask the held-out questions and record the answers under ``evaluation/<name>.jsonl``."""
-        if self.directory.evaluation(name).is_file():
-            return
+        """Ask the held-out questions and record the answers, unless that is done."""
         settings = self.recipe.trainer.evaluation
-        wanted = self._held_out(settings.split)
-        reader = split_reader(
-            self.recipe, self.manifest, self.tokenizer, settings.split, dict.fromkeys(wanted, 1.0)
-        )
+        path = self.directory.evaluation(name, settings.split)
+        if decided_by_first_rank(path.is_file):
+            return
         routing = settings.routing and self.recipe.stage.kind == "moe"
-        records = ask(self.module, reader, routing)
+        shown = f"{self.recipe.name} {name}" if self.first_rank else ""
+        records = ask(self.module, self.questions, routing, shown)
         if self.first_rank:
-            write_records(self.directory.evaluation(name), records)
+            write_records(path, records)
             self.directory.event(f"evaluated {name}", **summary(records))
             exact = summary(records)["exact"]
             print(f"{self.recipe.name}: {name} training, {_words(exact)}", flush=True)
-
-    def _held_out(self, split: str) -> list[str]:
-        """Datasets of the split that this stage is asked: text for a base, else all it can take."""
-        chosen = self.recipe.data.evaluation_datasets
-        return [
-            name
-            for name, facts in self.manifest.datasets.get(split, {}).items()
-            if (not chosen or name in chosen)
-            and (self.recipe.stage.kind != "base" or facts.combination == "text")
-        ]
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,7 +244,3 @@ def _words(exact: dict[str, float]) -> str:
     mean = sum(exact.values()) / max(1, len(exact))
     each = ", ".join(f"{name} {share:.2f}" for name, share in exact.items())
     return f"held-out questions right: {each}; mean {mean:.3f}"
-
-
-def _fingerprint(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()

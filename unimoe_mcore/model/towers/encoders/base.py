@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar
@@ -29,6 +30,8 @@ class Encoder(nn.Module):
         name: name in the registry.
         modalities: modalities that it reads.
         version: raised whenever the code changes what comes out; part of the fingerprint.
+        libraries: distributions, besides torch, that decode, prepare or compute; their versions
+            are part of the fingerprint.
         feature_size: width of a feature.
         cells: features of one picture; 0 for encoders of sound, whose number varies.
         config: the configuration it was built from.
@@ -37,6 +40,7 @@ class Encoder(nn.Module):
     name: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]]
     version: ClassVar[int]
+    libraries: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: EncoderConfig, feature_size: int, cells: int = 0) -> None:
         super().__init__()
@@ -58,12 +62,18 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of name, code version, settings and every byte of the weights.
+        """SHA-256, hexadecimal, of everything that the features of a medium depend on.
 
-        Equal fingerprints give equal features, so it is the key under which features are cached.
+        That is the name, the version of the code and of the libraries, the settings and every
+        byte of the weights. Equal fingerprints give equal features, so it is the key under which
+        features are cached.
         """
         settings = sorted(self.settings().items())
-        digest = hashlib.sha256(repr((self.name, self.version, settings)).encode())
+        libraries = [
+            (library, importlib.metadata.version(library))
+            for library in sorted({"torch", *self.libraries})
+        ]
+        digest = hashlib.sha256(repr((self.name, self.version, libraries, settings)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

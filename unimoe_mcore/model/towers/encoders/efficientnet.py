@@ -13,7 +13,7 @@ from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.towers import EncoderConfig, picture_cells
 from unimoe_mcore.model.towers.encoders.base import Encoder, register_encoder
-from unimoe_mcore.model.towers.encoders.pictures import encode_pictures
+from unimoe_mcore.model.towers.encoders.pictures import PICTURE_LIBRARIES, encode_pictures
 from unimoe_mcore.model.towers.encoders.weights import (
     find_weights,
     frozen_dtype,
@@ -38,6 +38,7 @@ class EfficientNetLite0(Encoder):
 
     modalities = ("image", "video")
     version = 1
+    libraries = (*PICTURE_LIBRARIES, "efficientnet-lite-pytorch")
 
     def __init__(self, config: EncoderConfig) -> None:
         if config.resolution < _STRIDE or config.resolution % _STRIDE:

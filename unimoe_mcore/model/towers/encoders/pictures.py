@@ -13,6 +13,9 @@ from torch import Tensor
 from data_pipeline.reading.decode import decode_image, decode_video
 from data_pipeline.reading.medium import Medium
 
+PICTURE_LIBRARIES = ("av", "numpy", "pillow")
+"""Distributions that a picture or video passes through on its way to a network."""
+
 
 def encode_pictures(
     media: list[Medium],

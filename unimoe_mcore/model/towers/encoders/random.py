@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.towers import EncoderConfig, picture_cells
 from unimoe_mcore.model.towers.encoders.base import Encoder, register_encoder
-from unimoe_mcore.model.towers.encoders.pictures import encode_pictures
-from unimoe_mcore.model.towers.encoders.sounds import SAMPLES_PER_FEATURE, sound_settings, waveform
+from unimoe_mcore.model.towers.encoders.pictures import PICTURE_LIBRARIES, encode_pictures
+from unimoe_mcore.model.towers.encoders.sounds import (
+    SAMPLES_PER_FEATURE,
+    SOUND_LIBRARIES,
+    sound_settings,
+    waveform,
+)
 
 _CELL = 8  # pixels; a picture is resized to two by two such cells
 
@@ -28,6 +33,7 @@ class RandomImage(Encoder):
 
     modalities = ("image", "video")
     version = 1
+    libraries = PICTURE_LIBRARIES
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.feature_size, cells=picture_cells(config))
@@ -53,6 +59,7 @@ class RandomSound(Encoder):
 
     modalities = ("speech", "audio")
     version = 1
+    libraries = SOUND_LIBRARIES
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.feature_size)

@@ -16,6 +16,9 @@ RATE = 16_000
 SAMPLES_PER_FEATURE = RATE // FEATURES_PER_SECOND
 """Samples under one feature of 20 ms."""
 
+SOUND_LIBRARIES = ("numpy", "soundfile", "soxr")
+"""Distributions that a recording passes through on its way to a network."""
+
 
 def waveform(medium: Medium, config: EncoderConfig) -> np.ndarray:
     """Decode a recording and append silence up to its promised number of features.

@@ -17,6 +17,7 @@ from unimoe_mcore.model.towers.encoders.ctranslate2 import read_ctranslate2
 from unimoe_mcore.model.towers.encoders.sounds import (
     RATE,
     SAMPLES_PER_FEATURE,
+    SOUND_LIBRARIES,
     sound_settings,
     waveform,
 )
@@ -43,6 +44,7 @@ class _Whisper(Encoder):
 
     modalities = ("speech", "audio")
     version = 1
+    libraries = (*SOUND_LIBRARIES, "transformers")
 
     def __init__(self, config: EncoderConfig) -> None:
         from transformers import WhisperFeatureExtractor
