@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from unimoe_mcore.runtime.devices import prepare_device
 from unimoe_mcore.runtime.parent import die_with_parent
 
-die_with_parent()
+die_with_parent()  # before torch, whose import takes seconds
+
+from unimoe_mcore.runtime.devices import prepare_device  # noqa: E402
+
 prepare_device()  # before anything of Megatron is imported
 
 import torch  # noqa: E402

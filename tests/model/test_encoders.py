@@ -91,7 +91,6 @@ def test_an_encoder_is_added_by_registering_it():
     class Constant(Encoder):
         modalities = ("audio",)
         version = 1
-        libraries = ()
 
         def __init__(self, config):
             super().__init__(config, feature_size=2)
@@ -178,16 +177,13 @@ def test_fingerprint_follows_the_versions_of_libraries(
         encoder = request.getfixturevalue("efficientnet")
     else:
         encoder = build_encoder(EncoderConfig(name=name, weights=str(whisper_folder)))
-    installed, newer = importlib.metadata.version, ""
-
-    def version(library):
-        return installed(library) + (".1" if library == newer else "")
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    installed = dict.fromkeys([*libraries, "pytest"], "1.0")  # pytest has nothing to do with it
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: installed[library])
     seen = {encoder.fingerprint()}
-    for newer in [*sorted(libraries), "pytest"]:
+    for library in installed:
+        installed[library] = "1.1"
         seen.add(encoder.fingerprint())
-    assert len(seen) == 1 + len(libraries)  # pytest has nothing to do with it
+    assert len(seen) == 1 + len(libraries)
 
 
 # --- pictures and videos

@@ -17,10 +17,10 @@ from unimoe_mcore.evaluation.results import (
 
 TASKS = {
     "img_group": "which kind of thing is the picture (unseen emoji)",
-    "img_count": "how many objects are in the picture (unseen emoji)",
+    "img_count": "how many objects are in the picture (unseen drawings)",
     "img_left": "what is on the left (unseen pairs)",
     "img_digit": "which handwritten digit is it (unseen images)",
-    "vid_dir": "which way does the object move (unseen emoji)",
+    "vid_dir": "which way does the object move (unseen drawings)",
     "spk_qa": "answer a spoken question about a capital (unseen voice)",
     "spk_digit": "which digit is spoken (unseen languages)",
     "aud_drum": "which instrument is this sound (unseen drum kits)",

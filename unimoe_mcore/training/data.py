@@ -63,11 +63,15 @@ def training_reader(
     return reader, plan
 
 
-def held_out_reader(recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer) -> SampleReader:
+def held_out_reader(
+    recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer
+) -> SampleReader | None:
     """The held-out questions of a run: text for a base, else all that its towers can take.
 
+    None for a base where the split holds no text question.
+
     Raises:
-        UserError: if the split holds no such question.
+        UserError: if the split holds no question for another stage.
     """
     split, chosen = recipe.trainer.evaluation.split, recipe.data.evaluation_datasets
     modalities = _modalities(recipe)
@@ -76,6 +80,8 @@ def held_out_reader(recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer
         for name, facts in manifest.datasets.get(split, {}).items()
         if (not chosen or name in chosen) and set(facts.combination.split("+")) <= modalities
     ]
+    if not wanted and recipe.stage.kind == "base":
+        return None
     if not wanted:
         raise UserError(
             f"{manifest.folder} has no {split} questions for this stage: name some in "

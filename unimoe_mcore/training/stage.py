@@ -214,6 +214,11 @@ class StageRun:
         path = self.directory.evaluation(name, settings.split)
         if decided_by_first_rank(path.is_file):
             return
+        if self.questions is None:
+            if self.first_rank:
+                write_records(path, [])
+                print(f"{self.recipe.name}: the data have no held-out text questions", flush=True)
+            return
         routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
         records = ask(self.module, self.questions, routing, shown)

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
     name: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]]
     version: ClassVar[int]
-    libraries: ClassVar[tuple[str, ...]]
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: EncoderConfig, feature_size: int, cells: int = 0) -> None:
         super().__init__()
