@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def build_data(folder: Path) -> Path:
                     sample = Sample(f"{dataset}-{index:04d}", dataset, turns, tuple(refs))
                     writer.write(sample, {n: m.data for m, n in zip(media, names, strict=True)})
     write_manifest(folder, "tests/1")
+    return folder
+
+
+def branch(world: Path, folder: Path, *runs: str) -> Path:
+    """Another world with the same data and cache, and copies of what some runs gave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("data", "cache"):
+        (folder / name).symlink_to(world / name)
+    for run in runs:
+        shutil.copytree(world / "runs" / run / "gives", folder / "runs" / run / "gives")
     return folder
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError
 from data_pipeline.shards.integrity import verify
 from unimoe_mcore.checkpoints.artefact import read_manifest
 from unimoe_mcore.checkpoints.files import write_text
@@ -19,6 +18,7 @@ from unimoe_mcore.checkpoints.sources import find_sources
 from unimoe_mcore.config.composition import compose_recipe, dump, load
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
 FREE = (
@@ -103,15 +103,15 @@ def speak(main: Callable[[Sequence[str]], int]) -> int:
     """Run an entry point; errors that a user can mend become one sentence and exit code 2."""
     try:
         return main(sys.argv[1:])
-    except (UserError, DataError) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}."
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        return 130
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
+        return INTERRUPTED
+    except Exception as error:
+        words = sentence(error)
+        if not words:
+            raise
+        print(f"error: {words}", file=sys.stderr, flush=True)
+        return WRONG_INPUT
 
 
 def main(arguments: Sequence[str]) -> int:

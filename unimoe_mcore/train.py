@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +22,11 @@ prepare_device()  # before anything of Megatron is imported
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from data_pipeline.errors import DataError  # noqa: E402
-from unimoe_mcore.compose import prepare_run, speak  # noqa: E402
+from unimoe_mcore.compose import prepare_run  # noqa: E402
 from unimoe_mcore.config.composition import compose_recipe, load  # noqa: E402
-from unimoe_mcore.config.errors import UserError  # noqa: E402
 from unimoe_mcore.config.recipe import Recipe  # noqa: E402
 from unimoe_mcore.runtime import groups  # noqa: E402
+from unimoe_mcore.runtime.failure import leave  # noqa: E402
 from unimoe_mcore.runtime.run_directory import RunDirectory  # noqa: E402
 from unimoe_mcore.training.stage import StageRun  # noqa: E402
 
@@ -38,7 +36,14 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    recipe = _recipe(arguments)
+    try:
+        _train(_recipe(arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        leave(error)
+    return 0
+
+
+def _train(recipe: Recipe) -> None:
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name, writes=_rank() == 0)
     held = run.lock(seconds=20) if run.writes else None
     if recipe.trainer.threads:
@@ -49,7 +54,6 @@ def main(arguments: Sequence[str]) -> int:
     groups.destroy()
     if held is not None:
         held.close()
-    return 0
 
 
 def _rank() -> int:
@@ -66,15 +70,5 @@ def _recipe(arguments: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _speak_once(arguments: Sequence[str]) -> int:
-    """``main``; where all ranks refuse for the same reason, rank 0 says it and is heard alone."""
-    try:
-        return main(arguments)
-    except (UserError, DataError):
-        if _rank() > 0:
-            time.sleep(3)  # the launcher ends this process as soon as rank 0 has spoken
-        raise
-
-
 if __name__ == "__main__":
-    sys.exit(speak(_speak_once))
+    sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,8 @@
 #
 #   run_stage RECIPE [hydra override ...]
 #
-# Composes the recipe once, here on the batch host, then starts torchrun on every node with the
-# resolved file. Returns what the training returns; 2 if the recipe or the set-up is wrong.
+# Composes the recipe once, here on the batch host, then starts the processes of every node
+# with the resolved file. Returns what the training returns; 2 if the recipe or the set-up is wrong.
 #
 # Settings (environment):
 #   VENV    virtual environment, visible on every node; default .venv of the submit directory
@@ -60,11 +60,11 @@ run_stage() {
     "head $address:$port, $config"
 
   ((SLURM_NNODES == 1)) || labels=(--label) # which node said it
-  # One task per node is torchrun. SLURM_NODEID must be read there, not here, so that rank 0 is on
-  # the first node. When one node fails the others wait for it for ever: --kill-on-bad-exit.
+  # One task per node starts that node's processes. SLURM_NODEID must be read there, not here, so
+  # that rank 0 is on the first node. When one node fails the others wait for it for ever:
+  # --kill-on-bad-exit.
   # shellcheck disable=SC2016
   srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 "${labels[@]}" \
-    bash -c 'exec "$@" --node-rank="$SLURM_NODEID" -m unimoe_mcore.train "$0"' "$config" \
-    "$python" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$processes" \
-    --max-restarts=0 --master-addr="$address" --master-port="$port"
+    bash -c 'exec "$0" -m unimoe_mcore.node "$@" --node="$SLURM_NODEID"' \
+    "$python" "$config" --nodes="$SLURM_NNODES" --processes="$processes" --head="$address:$port"
 }

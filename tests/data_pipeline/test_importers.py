@@ -187,9 +187,9 @@ def test_hits_have_exactly_one_instrument(tmp_path: Path) -> None:
         (kits / name).touch()
     found = [(hit.kit, hit.instrument, hit.split) for hit in find_hits([tmp_path])]
     assert found == [
-        ("VariBreaks", "hi-hat", "val"),
         ("ElectricEmpireKit", "kick", "test"),
         ("Kit A", "kick", "train"),
+        ("VariBreaks", "hi-hat", "val"),
     ]
 
 

@@ -27,6 +27,9 @@ SCHEDULE = (
     ("stage3",),
 )
 
+LONG_RUN = ("stage2", "stage.expert=speech", "trainer.steps=40", "trainer.checkpoint_every=3")
+"""A run that can be killed (``tests/checkpoints/test_resume.py``)."""
+
 
 def composed(folder: str, recipe: str, *extra: str) -> Recipe:
     """A recipe for the tiny world and this number of processes."""
@@ -62,11 +65,11 @@ def run_stage(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def whole_schedule(folder: str) -> dict[str, Any]:
-    """Data, base and all stages; losses of every run."""
+    """Data, base, all stages and one longer run; losses of every run."""
     if int(groups_rank()) == 0:
         build_data(Path(folder) / "data" / "tiny")
     losses = {}
-    for recipe, *extra in SCHEDULE:
+    for recipe, *extra in (*SCHEDULE, (*LONG_RUN, "name=long")):
         stage = composed(folder, recipe, *extra)
         groups.initialise(stage.parallel, seed=0)
         dist.barrier()

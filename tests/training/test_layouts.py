@@ -6,11 +6,11 @@ differences are below 1e-6.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import World
 from tests.distributed import run_distributed
 
 CASES = "tests.training.cases_stages"
@@ -33,16 +33,7 @@ def case(recipe: str, extra: list[str], deal: str = "balanced") -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def schedule(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Data and all stages of the tiny world, trained by two processes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    ranks = run_distributed(f"{CASES}:whole_schedule", 2, timeout=240, folder=str(folder))
-    assert ranks[0] == ranks[1]
-    return folder, ranks[0]
-
-
-@pytest.fixture(scope="module")
-def one(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+def one(world: World) -> dict[str, Any]:
     """The reference: one process."""
     cases = {
         "stage3": case("stage3", EP1),
@@ -51,12 +42,12 @@ def one(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
         "base": case("base", []),
     }
     return run_distributed(
-        f"{CASES}:layouts", 1, timeout=240, folder=str(schedule[0]), cases=cases
+        f"{CASES}:layouts", 1, timeout=240, folder=str(world.folder), cases=cases
     )[0]
 
 
 @pytest.fixture(scope="module")
-def two(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+def two(world: World) -> dict[str, Any]:
     """Two processes in all layouts, one after the other in one launch."""
     cases = {
         "base DP=2": case("base", []),
@@ -75,7 +66,7 @@ def two(schedule: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
         "stage3 TP=2": case("stage3", TENSOR),
     }
     ranks = run_distributed(
-        f"{CASES}:layouts", 2, timeout=280, folder=str(schedule[0]), cases=cases
+        f"{CASES}:layouts", 2, timeout=280, folder=str(world.folder), cases=cases
     )
     assert ranks[0] == ranks[1]
     return ranks[0]
@@ -111,15 +102,15 @@ def test_a_layout_agrees_with_one_process(
         assert norm > 0
 
 
-def test_every_stage_trains(schedule: tuple[Path, dict[str, Any]]) -> None:
-    losses = schedule[1]
+def test_every_stage_trains(world: World) -> None:
+    losses = world.losses
     assert set(losses) == {
-        "base", "stage1", "stage2-image", "stage2-speech", "stage2-audio", "stage3"
+        "base", "stage1", "stage2-image", "stage2-speech", "stage2-audio", "stage3", "long"
     }  # fmt: skip
     assert losses["base"][-1] < losses["base"][0]
 
 
-def test_a_stopped_run_continues_bitwise(schedule: tuple[Path, dict[str, Any]]) -> None:
-    ranks = run_distributed(f"{CASES}:resumed", 2, timeout=240, folder=str(schedule[0]))
+def test_a_stopped_run_continues_bitwise(world: World) -> None:
+    ranks = run_distributed(f"{CASES}:resumed", 2, timeout=240, folder=str(world.folder))
     assert len(ranks[0]["whole"]) == 4
     assert ranks[0]["parts"] == ranks[0]["whole"]

@@ -47,7 +47,9 @@ def find_sources(recipe: Recipe) -> Sources:
     base_folder = Path(stage.base)
     base = read_manifest(base_folder, "The base (stage.base)")
     if base.kind != "base":
-        raise UserError(f"stage.base={base_folder} is a {base.kind} artefact, not a base.")
+        raise UserError(
+            f"stage.base={base_folder} was given by a stage of kind {base.kind}, it is no base."
+        )
     _same_shape(recipe, base, base_folder)
     sources = Sources(base, base_folder, hashes={"base": base.hash})
     for number, entry in enumerate(stage.experts):
@@ -55,7 +57,10 @@ def find_sources(recipe: Recipe) -> Sources:
         if entry != OWN_MLP:
             manifest = _part(recipe, Path(entry), f"Expert {number} (stage.experts)", base)
             if manifest.kind != "expert":
-                raise UserError(f"stage.experts[{number}]={entry} is no expert artefact.")
+                raise UserError(
+                    f"stage.experts[{number}]={entry} was given by a stage of kind "
+                    f"{manifest.kind}, it is no expert."
+                )
             sources.hashes[f"expert {number}"] = manifest.hash
     sources.connectors = _connector_sources(recipe, base)
     for tower, folder in sources.connectors.items():

@@ -6,12 +6,15 @@ checkpoint from somewhere else must never be able to run; it also spawns process
 save, which takes seconds for a model of any size.
 
 A folder holds one ``rank-00000.safetensors`` and one ``rank-00000.json`` per writing rank. The
-JSON lists for every part the tensor's name, global shape, dtype, and the part's offset and shape.
+JSON lists for every part the tensor's name, global shape, dtype, and the part's offset and shape,
+and has checksums of the safetensors file and of itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +71,14 @@ def write_shards(folder: Path, tensors: Iterator[ShardedTensor], rank: int) -> N
     save_file({name: part.clone() for name, part in parts.items()}, str(path))
     flush(path)
     index = {"file": path.name, "sha256": file_sha256(path), "parts": entries}
+    index["check"] = index_check(index)
     write_text(folder / f"rank-{rank:05d}.json", json.dumps(index))
+
+
+def index_check(index: Mapping[str, Any]) -> str:
+    """Checksum of an index: one that names the wrong part would load, and be wrong."""
+    rest = {key: value for key, value in index.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 DTYPES = {
@@ -117,11 +127,20 @@ class ShardReader:
             raise UserError(f"There are no weights in {folder}: run the stage that gives them.")
         for path in indexes:
             self._read_index(path, verify)
+        for name, stored in self.tensors.items():
+            found, wanted = sum(math.prod(p.shape) for p in stored.parts), math.prod(stored.shape)
+            if found != wanted:
+                raise UserError(
+                    f"{folder} has {found} of the {wanted} elements of {name}: files are missing, "
+                    f"or lie there that belong to another checkpoint."
+                )
 
     def _read_index(self, path: Path, verify: bool) -> None:
         try:
             index = json.loads(path.read_text(encoding="utf8"))
-            file = self.folder / Path(index["file"]).name
+            if index["check"] != index_check(index):
+                raise UserError(f"{path} is damaged: its checksum is not the one written with it.")
+            file = self.folder / Path(index["file"]).name  # never outside of the folder
             if not file.is_file():
                 raise UserError(f"{file} is missing: the checkpoint is incomplete.")
             if verify and file_sha256(file) != index["sha256"]:
@@ -131,6 +150,8 @@ class ShardReader:
                 shape = tuple(entry["global_shape"])
                 part = _Part(file, entry["part"], tuple(entry["offset"]), tuple(entry["shape"]))
                 known = self.tensors.get(entry["tensor"], StoredTensor(shape, dtype, ()))
+                if (known.shape, known.dtype) != (shape, dtype):
+                    raise ValueError(f"{entry['tensor']} is another tensor in the other files")
                 self.tensors[entry["tensor"]] = StoredTensor(shape, dtype, (*known.parts, part))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no index of a checkpoint: {error}.") from error
@@ -162,19 +183,21 @@ class ShardReader:
             there = tuple(
                 slice(lo - o, h - o) for lo, h, o in zip(low, high, part.offset, strict=True)
             )
-            result[here] = self._part(part)[there]
+            result[here] = self._part(part, stored.dtype)[there]
             covered[here] = True
         if not covered.all():
             raise UserError(f"{self.folder} lacks {int((~covered).sum())} elements of {name}.")
         return result
 
-    def _part(self, part: _Part) -> Tensor:
+    def _part(self, part: _Part, dtype: torch.dtype) -> Tensor:
         try:
             if part.file not in self._files:
                 self._files[part.file] = safe_open(str(part.file), framework="pt")
             tensor: Tensor = self._files[part.file].get_tensor(part.name).view(part.shape)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(f"{part.file} cannot be read: {error}.") from error
+        if tensor.dtype != dtype:
+            raise UserError(f"{part.file} holds {tensor.dtype}, its index says {dtype}.")
         return tensor
 
     def fill(self, tensor: ShardedTensor, name: str | None = None) -> None:
