@@ -1,4 +1,4 @@
-# make setup | quickstart | test | check | clean
+# make setup | quickstart | test | check | bench | clean
 # Everything happens in .venv, as an ordinary user. `make quickstart` and `make test` make the
 # environment themselves where it is missing.
 
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart test check lint types lock clean
+.PHONY: setup quickstart test check lint types bench lock clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@$(VENV)/bin/mypy
+
+# Every performance claim, measured again; answer_logits needs the quickstart's data and base.
+bench: $(STAMP)
+	@for name in precision thd_rope checkpoint_save answer_logits; do \
+	    OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name || exit 1; done
 
 # Pins what is installed now, for requirements.lock.
 lock: $(STAMP)

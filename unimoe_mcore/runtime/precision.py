@@ -12,8 +12,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def choose_precision(wanted: str) -> Choice[str]:
     """``bf16`` or ``fp32`` as the recipe says; ``auto`` takes what this machine is fast in.
 
-    A CPU without bf16 instructions multiplies bf16 matrices some 25 times slower than fp32 ones
-    (measured on AVX2, 896 x 256 x 1344), so that there ``auto`` means fp32.
+    A CPU without bf16 instructions multiplies bf16 matrices many times slower than fp32 ones
+    (``benchmarks/precision.py``), so that there ``auto`` means fp32.
     """
     if wanted != "auto":
         return Choice(wanted, "the recipe says so")
