@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import REPOSITORY
 from tests.slurm.lab import SlurmLab
 
-STAGES = ("slurm/stage1.sh", "slurm/stage2.sh", "slurm/stage3.sh")
+STAGES = ("slurm/base.sh", "slurm/stage1.sh", "slurm/stage2.sh", "slurm/stage3.sh")
 
 
 def test_shellcheck(slurm: SlurmLab) -> None:
