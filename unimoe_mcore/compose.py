@@ -22,6 +22,7 @@ from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
 FREE = (
+    "data.missing",  # the data plan, which is compared by itself, has what was really drawn
     "logging",
     "parallel",
     "paths",
@@ -56,7 +57,7 @@ def prepare_run(recipe: Recipe) -> Path:
         if changed and run.started:
             raise UserError(
                 f"{run.path} was started with other settings ({'; '.join(changed)}): give this "
-                f"run another name (name=...) or delete that folder."
+                f"run another name (name={recipe.name}-2) or delete that folder."
             )
         if changed:
             run.forget()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unimoe_mcore.checkpoints.artefact import Manifest, check_stands_on, read_manifest
+from unimoe_mcore.checkpoints.artefact import MANIFEST, Manifest, check_stands_on, read_manifest
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import OWN_MLP
@@ -44,6 +44,7 @@ def find_sources(recipe: Recipe) -> Sources:
     stage = recipe.stage
     if stage.kind == "base":
         return Sources()
+    _refuse_missing(recipe)
     base_folder = Path(stage.base)
     base = read_manifest(base_folder, "The base (stage.base)")
     if base.kind != "base":
@@ -66,6 +67,23 @@ def find_sources(recipe: Recipe) -> Sources:
     for tower, folder in sources.connectors.items():
         sources.hashes[f"connector {tower}"] = read_manifest(folder, str(folder)).hash
     return sources
+
+
+def _refuse_missing(recipe: Recipe) -> None:
+    """Name all runs that are missing at once, if it is more than one.
+
+    Raises:
+        UserError: with their folders and how to run them.
+    """
+    stage = recipe.stage
+    named = [stage.base, stage.start, *stage.experts, *stage.connectors.values()]
+    folders = dict.fromkeys(Path(name) for name in named if name and name != OWN_MLP)
+    absent = [str(folder) for folder in folders if not (folder / MANIFEST).is_file()]
+    if len(absent) > 1:
+        raise UserError(
+            f"This stage stands on runs that are not finished: {', '.join(absent)} are missing; "
+            f"run those stages first (python -m unimoe_mcore.launch base, stage1, ...)."
+        )
 
 
 def _part(recipe: Recipe, folder: Path, what: str, base: Manifest) -> Manifest:

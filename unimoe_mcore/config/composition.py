@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -61,13 +62,13 @@ def _compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         return _plain(compose(name, overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        whole = str(error)
+        failed = error
     for override in overrides:  # Hydra stops at the first bad one: name all of them
         try:
             compose(name, overrides=[override])
         except (HydraException, OmegaConfBaseException) as error:
             problems.append(f"{override.removeprefix('++')!r}: {_first_line(error)}")
-    raise UserError(_sentence(problems or [whole.splitlines()[0]]))
+    raise UserError(_sentence(problems or [_first_line(failed)]))
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -78,6 +79,9 @@ def _plain(config: Any) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     if "To append to your config use" in str(error) or "not in '" in str(error):
         return "there is no such key"
+    lacking = re.search(r"Interpolation key 'stage\.expert_(?:datasets|steps)\.(.*)'", str(error))
+    if lacking:
+        return f"stage.expert is {lacking[1]!r}, of which stage.expert_datasets knows nothing"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     return str(cause).strip().splitlines()[0].rstrip(".")
 

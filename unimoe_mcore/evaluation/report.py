@@ -14,6 +14,7 @@ from unimoe_mcore.evaluation.results import (
     expert_shares,
     loss_changes,
 )
+from unimoe_mcore.evaluation.statistics import clearly_differ
 
 TASKS = {
     "img_group": "which kind of thing is the picture (unseen emoji)",
@@ -47,6 +48,7 @@ def write_report(results: Results, experts: Sequence[str], folder: Path) -> Path
         _head(results),
         _verdict(results),
         "## Held-out questions\n\n![accuracy](accuracy.png)\n\n" + accuracy_table(results),
+        "## What each stage changed\n\n" + changes_table(results.columns),
         "## Held-out loss\n\n" + loss_table(results),
         "## Training\n\n![losses](losses.png)\n\n" + _time_table(results),
     ]
@@ -127,8 +129,38 @@ def accuracy_table(results: Results) -> str:
     ]
     rows.append(["**mean**", "", "", *means, ""])
     explained = (
-        "Share of exactly right answers after each stage. The interval (Wilson, 95 %) is that of "
+        "Share of exactly right answers after each stage: every token of the answer is the "
+        "likeliest one given the right ones before it, so greedy decoding gives exactly that "
+        "answer. One run, one seed. The interval (Wilson, 95 %) is that of "
         "the last column; *majority* is what always giving the most frequent answer would score."
+    )
+    return _table(rows) + "\n\n" + explained
+
+
+def changes_table(columns: Sequence[Judged]) -> str:
+    """Questions that a stage answers and the one before did not, and the other way round.
+
+    Stage 1 against the start, every expert against stage 1, the mixture against every expert.
+    """
+    by_title = {column.title: column for column in columns}
+    experts = [title for title in by_title if title.startswith("stage2-")]
+    pairs = [("before stage1", "stage1"), *(("stage1", expert) for expert in experts)]
+    pairs += [(expert, "stage3") for expert in experts]
+    rows = [["from", "to", "questions gained", "lost", ""], ["---"] * 5]
+    for before, after in pairs:
+        if before not in by_title or after not in by_title:
+            continue
+        was = {(r["dataset"], r["key"]): r["exact"] for r in by_title[before].records}
+        both = [(was[key], r["exact"]) for r in by_title[after].records
+                if (key := (r["dataset"], r["key"])) in was]  # fmt: skip
+        gained = sum(now and not then for then, now in both)
+        lost = sum(then and not now for then, now in both)
+        clear = "" if clearly_differ(gained, lost) else "within chance"
+        rows.append([before, after, str(gained), str(lost), clear])
+    explained = (
+        "On the same questions. *Within chance*: gains and losses do not differ beyond what "
+        "McNemar's test allows at 5 %. An expert changes what belongs to its own modality; the "
+        "mixture is compared with each expert alone."
     )
     return _table(rows) + "\n\n" + explained
 
@@ -191,7 +223,24 @@ def _routing(shares: Sequence[ExpertShare], experts: Sequence[str]) -> str:
             "modalities use the experts alike. Beside it the same figure after shuffling the "
             "modality labels over the questions (200 times).",
             _table(distance),
+            own_experts(shares, experts),
         ]
+    )
+
+
+def own_experts(shares: Sequence[ExpertShare], experts: Sequence[str]) -> str:
+    """One sentence: in how many rows the modality's own expert is the most used one."""
+    rows, first = 0, 0
+    for share in shares:
+        for group, row in zip(share.groups, share.shares, strict=True):
+            own = "image" if group == "video" else group
+            if own in experts:
+                rows += 1
+                first += experts[int(row.argmax())] == own
+    return (
+        f"The modality's own expert is the most used one in {first} of {rows} rows (video counts "
+        "as image). The distances say that modalities are routed differently, not that experts "
+        "serve their own modality."
     )
 
 

@@ -68,6 +68,14 @@ def paired_change(
     )
 
 
+def clearly_differ(gained: int, lost: int) -> bool:
+    """Whether gains and losses on the same questions differ beyond chance, at 5 %.
+
+    McNemar's test in its normal approximation (McNemar 1947).
+    """
+    return abs(gained - lost) > Z95 * math.sqrt(gained + lost)
+
+
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
     """Total-variation distance of two distributions: half the sum of absolute differences."""
     return float(np.abs(p - q).sum() / 2)

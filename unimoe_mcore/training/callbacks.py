@@ -149,7 +149,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}", refresh=False)
             self._bar.update(1)
-        elif record.step % self.every == 0 or record.step == self.steps:
+        elif record.step in (self._from + 1, self.steps) or record.step % self.every == 0:
             done = record.step - self._from
             each = (time.perf_counter() - self._began) / done
             left = each * (self.steps - record.step)
