@@ -25,12 +25,14 @@ def main() -> None:
     recipe = compose_recipe("base", ["parallel.processes=1"])
     collection = groups.initialise(recipe.parallel)
     markers = {"image": 4, "video": 5, "speech": 6, "audio": 7}
-    module = TrainModule(recipe, collection, markers, transformer_flags(detect()), Sources())
+    module = TrainModule(
+        recipe, collection, markers, transformer_flags(detect()), Sources(), "fp32"
+    )
     folder = Path(tempfile.mkdtemp())
     ours = CheckpointFolder(folder / "ours", keep=1)
 
     def save_ours() -> None:
-        ours.save(module.chunks, module.optimizer, RunState(1, "", "", [], ""))
+        ours.save(module.chunks, module.optimizer, RunState(1, {}, "", [], "fp32"))
 
     def save_theirs() -> None:
         shutil.rmtree(folder / "theirs", ignore_errors=True)

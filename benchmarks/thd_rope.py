@@ -17,7 +17,7 @@ from unimoe_mcore.runtime import groups  # noqa: E402
 def main() -> None:
     cp = groups.initialise(ParallelConfig(processes=1)).cp
     ours = rope_utils._apply_rotary_pos_emb_thd
-    theirs = ours.__wrapped__  # type: ignore[attr-defined]
+    theirs = ours.__wrapped__
     rows = []
     for sequences, length, heads, head in ((50, 20, 4, 64), (24, 32, 4, 64), (8, 256, 8, 64)):
         ends = torch.arange(sequences + 1, dtype=torch.int32) * length
