@@ -2,8 +2,7 @@
 
 Megatron's ``sharded_state_dict`` says which part of which global tensor a rank holds; this file
 only stores and finds those parts. Megatron's own storage writes and reads pickle, which a
-checkpoint from somewhere else must never be able to run; it also spawns processes for every
-save, which takes seconds for a model of any size.
+checkpoint from somewhere else must never be able to run.
 
 A folder holds one ``rank-00000.safetensors`` and one ``rank-00000.json`` per writing rank. The
 JSON lists for every part the tensor's name, global shape, dtype, and the part's offset and shape,
