@@ -155,7 +155,7 @@ def test_another_recipe_is_not_continued(killed: Path, folder: Path) -> None:
     with pytest.raises(UserError) as refused:
         launch.main(arguments(folder, "trainer.lr=5e-4", "data.seed=1"))
     assert "(data.seed 0 -> 1; trainer.lr 0.001 -> 0.0005)" in str(refused.value)
-    assert "give this run another name (name=...) or delete" in str(refused.value)
+    assert "give this run another name (name=killed-2) or delete" in str(refused.value)
     assert (killed / "config.yaml").read_text() == config
 
 
