@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data_pipeline.reading.collate import MicroBatch
 from data_pipeline.reading.loader import SampleReader
+from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.evaluation.routing import RoutingRecorder
 from unimoe_mcore.training.module import Judgement, TrainModule
 
@@ -85,6 +86,4 @@ def _records(
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """One JSON line a question, visible only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

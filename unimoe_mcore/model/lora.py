@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from unimoe_mcore.config.model import LoRAConfig
 
-TARGETS = ("attention", "mlp", "experts")
 _LINEARS = {
     "attention": ("linear_qkv", "linear_proj"),
     "mlp": ("linear_fc1", "linear_fc2"),

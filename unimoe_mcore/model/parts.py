@@ -18,11 +18,6 @@ _LANGUAGE = {
 }
 
 
-def part_names(towers: Sequence[str]) -> list[str]:
-    """All parts of a model with these towers."""
-    return [*_LANGUAGE, "connectors", *(f"connector.{tower}" for tower in towers)]
-
-
 def part_of(parameter: str) -> str:
     """The part that a parameter belongs to, by its name in the model.
 
@@ -42,7 +37,7 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> dict[str, int]:
     """Let the named parts train and freeze all others.
 
     Args:
-        parts: names of ``part_names``; ``connectors`` means the connector of every tower.
+        parts: names as ``part_of`` gives them; ``connectors`` means the connector of every tower.
 
     Returns:
         Trained parameters on this rank by part.
