@@ -1,7 +1,7 @@
 """Builds data sets: ``python -m data_pipeline.build quickstart --out DIR --packages CACHE_DIR``.
 
 ``index`` describes shards from elsewhere (``DIR/<split>/<dataset>/*.tar``) so that they can be
-trained on.
+trained on; with ``--rewrite`` those that mix combinations become one shard per combination.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from data_pipeline.importers.item import Item, Task, generator
 from data_pipeline.importers.packages import PackageStore
 from data_pipeline.progress import progress
 from data_pipeline.quickstart import Quickstart
-from data_pipeline.shards.index import MANIFEST_NAME, SPLITS, Manifest, load_manifest
+from data_pipeline.shards.index import (
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    OldManifestError,
+    load_manifest,
+)
 from data_pipeline.shards.integrity import verify, write_manifest
+from data_pipeline.shards.rewriting import remove_rewritten, rewrite_mixed
 from data_pipeline.shards.schema import (
     ASSISTANT,
     HUMAN,
+    MIXED,
     MediumRef,
     Sample,
     Turn,
@@ -34,8 +42,10 @@ from data_pipeline.shards.schema import (
 )
 from data_pipeline.shards.writer import ShardWriter
 
-BUILDER = "quickstart/2"
+BUILDER = "quickstart/3"
 """Name and version; a change of what is built changes the version, and old folders are rebuilt."""
+
+INDEXER = "index/2"
 
 Say = Callable[[str], None]
 
@@ -90,6 +100,35 @@ def build_quickstart(
         return manifest
 
 
+def index_folder(folder: Path, rewrite: bool = False, say: Say = print) -> Manifest:
+    """Describe the shards ``<split>/<dataset>/*.tar`` of a folder, whoever wrote them.
+
+    Args:
+        folder: the folder; indexes and the manifest are written into it.
+        rewrite: make one shard per combination of every shard that holds several.
+        say: where one-line messages go.
+
+    Raises:
+        DataError: there is no shard, or one is not valid.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        for tar in rewrite_mixed(folder) if rewrite else ():
+            say(f"{tar}: rewritten, one shard per combination")
+        manifest = write_manifest(folder, INDEXER)
+        remove_rewritten(folder)
+    for entry in manifest.entries:
+        if entry.combination == MIXED:
+            say(
+                f"{entry.path}: holds several combinations, so that it is served under "
+                "data.deal=balanced with data.compose=mixed only; --rewrite makes one shard per "
+                "combination of it"
+            )
+    return manifest
+
+
 def _is_finished(out: Path, seed: int, options: dict[str, Any]) -> bool:
     """Whether ``out`` is what would be built.
 
@@ -100,9 +139,15 @@ def _is_finished(out: Path, seed: int, options: dict[str, Any]) -> bool:
         return False
     if not (out / MANIFEST_NAME).is_file():
         raise DataError(f"{out} exists and is no data set; choose another folder")
-    manifest = load_manifest(out)
-    if manifest.builder.split("/")[0] != BUILDER.split("/")[0]:
-        raise DataError(f"{out} was made by {manifest.builder}; choose another folder")
+    try:
+        manifest = load_manifest(out)
+        builder = manifest.builder
+    except OldManifestError as error:
+        manifest, builder = None, error.builder
+    if builder.split("/")[0] != BUILDER.split("/")[0]:
+        raise DataError(f"{out} was made by {builder}; choose another folder")
+    if manifest is None:
+        return False
     return (manifest.builder, manifest.seed, manifest.options) == (BUILDER, seed, options)
 
 
@@ -175,10 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quick.add_argument("--pypi-only", action="store_true", help="use no Debian package")
     index = commands.add_parser("index", help="describe shards that were made elsewhere")
     index.add_argument("folder", type=Path, help="holds <split>/<dataset>/*.tar")
+    index.add_argument(
+        "--rewrite", action="store_true", help="one shard per combination of every mixed one"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "index":
-            manifest = write_manifest(options.folder, builder="index/1")
+            manifest = index_folder(options.folder, options.rewrite)
             print(f"{options.folder}: {_summary(manifest)}")
         else:
             build_quickstart(

@@ -1,80 +1,72 @@
 """The index beside a shard, and the manifest of a folder of shards, as light typed objects.
 
-``X.index.jsonl`` lies beside ``X.tar`` and has one line per sample: where its bytes are and the
-facts about its media that no model changes. ``manifest.json`` lists the shards of a folder.
+``X.index`` lies beside ``X.tar`` and says where each sample's bytes are, what they check to, and
+the facts about its media that no model changes. ``manifest.json`` lists the shards of a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.shards.columns import IndexTable, SampleIndex, map_table
+from data_pipeline.shards.columns import MediumIndex as MediumIndex
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 SPLITS = ("train", "val", "test")
+MOST_MAPPED = 128
+"""Indexes that a process keeps mapped; each costs a file descriptor."""
 
 
-@dataclass(frozen=True, slots=True)
-class MediumIndex:
-    """Where a medium lies in its tar and how long it is.
-
-    Attributes:
-        modality: one of ``MODALITIES``.
-        member: member name after ``<key>.``.
-        offset: first byte of the medium in the tar.
-        size: length, bytes.
-        duration_ms: length of a sound or video, milliseconds; 0 for pictures, and where the
-            medium's header cannot be read (decoding will find it broken).
-        frames: frames of a video; 0 otherwise.
-    """
-
-    modality: str
-    member: str
-    offset: int
-    size: int
-    duration_ms: int = 0
-    frames: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SampleIndex:
-    """Where a sample lies in its tar.
-
-    Attributes:
-        key: the sample's key.
-        json_offset: first byte of its JSON record in the tar.
-        json_size: length of the record, bytes.
-        media: its media, in the order of the record.
-    """
-
-    key: str
-    json_offset: int
-    json_size: int
-    media: tuple[MediumIndex, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardIndex:
     """A shard and its samples in the order of the tar.
 
+    It is light, also when pickled: the index file is mapped when it is asked for a sample.
+
     Attributes:
-        path: the tar.
+        path: the tar, or where a remote set's mirror would have it; the index lies beside it.
         dataset: the one dataset whose samples it holds.
-        combination: the one combination of all its samples.
-        samples: one entry per sample.
+        combination: the one combination of all its samples, or ``mixed``.
+        url: the tar's address if it is remote, else empty.
+        bytes: size of the tar, as the manifest says; 0 where that is not known.
+        sha256: of the tar, hexadecimal, as the manifest says; empty where that is not known.
     """
 
     path: Path
     dataset: str
     combination: str
-    samples: tuple[SampleIndex, ...]
+    url: str = field(default="", compare=False)
+    bytes: int = field(default=0, compare=False)
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def samples(self) -> Sequence[SampleIndex]:
+        """One entry per sample, made when it is asked for."""
+        return _table(index_path(self.path)).samples
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """The index by columns, see ``columns.COLUMNS``; mapped, not to be written to."""
+        return _table(index_path(self.path)).columns
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the codes in the column ``modality``."""
+        return _table(index_path(self.path)).modalities
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +76,7 @@ class ShardEntry:
     Attributes:
         split: ``train``, ``val`` or ``test``.
         dataset: name of the dataset.
-        combination: combination of modalities of every sample.
+        combination: combination of modalities of every sample, or ``mixed``.
         path: of the tar, relative to the manifest's folder, with ``/``.
         samples: number of samples.
         bytes: size of the tar.
@@ -109,7 +101,7 @@ class DatasetFacts:
     """What a dataset's split asks.
 
     Attributes:
-        combination: combination of modalities.
+        combination: its combination of modalities; several are separated by blanks.
         samples: number of samples.
         answers: number of different (last) answers.
         majority: share of the most frequent answer, which is what guessing it would score.
@@ -119,6 +111,21 @@ class DatasetFacts:
     samples: int
     answers: int
     majority: float
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much there is of one combination.
+
+    Attributes:
+        samples: number of samples.
+        media: number of media of each modality that occurs.
+        bytes: records and media, without the tars' own.
+    """
+
+    samples: int
+    media: dict[str, int]
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,9 @@ class Manifest:
         notes: what was left out and why, one sentence each.
         datasets: split -> dataset -> facts.
         entries: every shard.
+        counts: split -> dataset -> combination -> how much of it; also of mixed shards.
+        url: where the shards are if they are elsewhere, without ``/`` at the end; the folder then
+            holds their indexes only.
         version: version of the manifest's format.
     """
 
@@ -145,8 +155,12 @@ class Manifest:
     notes: tuple[str, ...]
     datasets: dict[str, dict[str, DatasetFacts]]
     entries: tuple[ShardEntry, ...]
+    counts: dict[str, dict[str, dict[str, Counts]]] = field(default_factory=dict)
+    url: str = ""
     version: int = MANIFEST_VERSION
-    _loaded: dict[str, ShardIndex] = field(default_factory=dict, repr=False, compare=False)
+    _loaded: dict[str, ShardIndex] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def splits(self) -> tuple[str, ...]:
         """The splits that have shards, in the order train, val, test."""
@@ -174,11 +188,14 @@ class Manifest:
     def _index(self, entry: ShardEntry) -> ShardIndex:
         if entry.path not in self._loaded:
             tar = self.folder / entry.path
-            shard = load_index(tar, entry.dataset, entry.combination)
-            if len(shard.samples) != entry.samples:
+            url = f"{self.url}/{entry.path}" if self.url else ""
+            shard = load_index(tar, url, entry.bytes, entry.sha256)
+            found = (shard.dataset, shard.combination, len(shard))
+            if found != (entry.dataset, entry.combination, entry.samples):
                 raise DataError(
-                    f"{index_path(tar)} lists {len(shard.samples)} samples but the manifest says "
-                    f"{entry.samples}; build the data set again"
+                    f"{index_path(tar)} lists {found[2]} samples of {found[0]} ({found[1]}) but "
+                    f"the manifest says {entry.samples} of {entry.dataset} "
+                    f"({entry.combination}); build the data set again"
                 )
             self._loaded[entry.path] = shard
         return self._loaded[entry.path]
@@ -190,8 +207,8 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
-        record = {
+        """The text of ``manifest.json``; a shard is a line."""
+        record: dict[str, Any] = {
             "version": self.version,
             "builder": self.builder,
             "seed": self.seed,
@@ -202,9 +219,31 @@ class Manifest:
                 split: {name: asdict(facts) for name, facts in datasets.items()}
                 for split, datasets in self.datasets.items()
             },
-            "shards": [asdict(entry) for entry in self.entries],
+            "counts": {
+                split: {
+                    name: {combination: asdict(counts) for combination, counts in found.items()}
+                    for name, found in datasets.items()
+                }
+                for split, datasets in self.counts.items()
+            },
         }
-        return json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+        if self.url:
+            record["url"] = self.url
+        head = json.dumps(record, ensure_ascii=False, indent=1).removesuffix("\n}")
+        shards = [json.dumps(asdict(entry), ensure_ascii=False) for entry in self.entries]
+        return f'{head},\n "shards": [\n  ' + ",\n  ".join(shards) + "\n ]\n}\n"
+
+
+class OldManifestError(DataError):
+    """The manifest is of another version of the format.
+
+    Attributes:
+        builder: name and version of what made the folder.
+    """
+
+    def __init__(self, message: str, builder: str):
+        super().__init__(message)
+        self.builder = builder
 
 
 def load_manifest(folder: Path | str) -> Manifest:
@@ -226,9 +265,10 @@ def load_manifest(folder: Path | str) -> Manifest:
         raise DataError(f"{path} cannot be read ({error}); build the data set again") from error
     try:
         if record["version"] != MANIFEST_VERSION:
-            raise DataError(
+            raise OldManifestError(
                 f"{path} has format {record['version']}, this version reads {MANIFEST_VERSION}; "
-                "build the data set again"
+                "build the data set again (or, with shards from elsewhere, index it again)",
+                str(record["builder"]),
             )
         entries = tuple(ShardEntry(**entry) for entry in record["shards"])
         manifest = Manifest(
@@ -243,6 +283,14 @@ def load_manifest(folder: Path | str) -> Manifest:
                 for split, datasets in record["datasets"].items()
             },
             entries=entries,
+            counts={
+                split: {
+                    name: {key: Counts(**counts) for key, counts in found.items()}
+                    for name, found in datasets.items()
+                }
+                for split, datasets in record["counts"].items()
+            },
+            url=record.get("url", ""),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -257,61 +305,59 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 def index_path(tar: Path) -> Path:
     """The index file that belongs to a tar."""
-    return tar.with_suffix(".index.jsonl")
+    return tar.with_suffix(".index")
 
 
-def dump_index(samples: Iterable[SampleIndex]) -> bytes:
-    """The content of an index file."""
-    return b"".join(_line(sample) for sample in samples)
+def load_index(tar: Path, url: str = "", bytes: int = 0, sha256: str = "") -> ShardIndex:
+    """Check the index beside a tar, and that it fits the tar.
 
-
-def load_index(tar: Path, dataset: str, combination: str) -> ShardIndex:
-    """Read the index beside a tar.
+    Args:
+        tar: the tar; it need not be there.
+        url: where the tar is if it is not here.
+        bytes: the tar's size; 0: not known.
+        sha256: of the tar; empty: not known.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing or damaged, or is of a tar of another size.
     """
     path = index_path(tar)
-    samples = []
+    table = _fresh(path)
+    sizes = {"the manifest says": bytes or table.tar_bytes}
+    if not url:
+        with contextlib.suppress(OSError):  # that it is missing, reading or `verify` will say
+            sizes["the tar has"] = tar.stat().st_size
+    for who, size in sizes.items():
+        if size != table.tar_bytes:
+            raise DataError(
+                f"{path} is the index of a tar of {table.tar_bytes} bytes but {who} {size}; "
+                f"restore {tar.name} or index it again"
+            )
+    return ShardIndex(tar, table.dataset, table.combination, url, bytes, sha256)
+
+
+@lru_cache(maxsize=MOST_MAPPED)
+def _mapped(path: Path) -> tuple[IndexTable, tuple[int, ...]]:
+    """A mapped index and the identity of its file."""
+    identity = _identity(path)
+    return map_table(path), identity
+
+
+def _table(path: Path) -> IndexTable:
+    return _mapped(path)[0]
+
+
+def _fresh(path: Path) -> IndexTable:
+    """The table, mapped again if the file is another than the one that is mapped."""
+    table, identity = _mapped(path)
+    if identity == _identity(path):
+        return table
+    _mapped.cache_clear()
+    return _table(path)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
     try:
-        with path.open("rb") as stream:
-            for line in stream:
-                samples.append(_sample(json.loads(line)))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; index the shard again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} line {len(samples) + 1} is damaged ({error}); index the shard again"
-        ) from error
-    return ShardIndex(tar, dataset, combination, tuple(samples))
-
-
-def _line(sample: SampleIndex) -> bytes:
-    media = []
-    for medium in sample.media:
-        record: dict[str, Any] = {
-            "modality": medium.modality,
-            "member": medium.member,
-            "offset": medium.offset,
-            "size": medium.size,
-        }
-        if medium.modality != "image":
-            record["duration_ms"] = medium.duration_ms
-        if medium.modality == "video":
-            record["frames"] = medium.frames
-        media.append(record)
-    line = {"key": sample.key, "json": [sample.json_offset, sample.json_size], "media": media}
-    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _sample(record: Any) -> SampleIndex:
-    media = tuple(MediumIndex(**medium) for medium in record["media"])
-    offset, size = record["json"]
-    numbers = [offset, size]
-    for medium in media:
-        numbers += [medium.offset, medium.size, medium.duration_ms, medium.frames]
-        if medium.modality not in MODALITIES:
-            raise ValueError(f"unknown modality '{medium.modality}'")
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("offsets, sizes and lengths are whole numbers from 0")
-    return SampleIndex(str(record["key"]), offset, size, media)
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns

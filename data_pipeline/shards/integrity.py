@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.checksums import file_sha256
+from data_pipeline.shards.description import describe_dataset
 from data_pipeline.shards.index import (
     MANIFEST_NAME,
     SPLITS,
+    Counts,
     DatasetFacts,
     Manifest,
-    ShardEntry,
     index_path,
-    load_index,
     load_manifest,
 )
-from data_pipeline.shards.schema import parse_sample
-from data_pipeline.shards.writer import index_shard
 
 VERIFIED_NAME = ".verified.json"
 """Remembers which files were found right: path -> size, modification time, SHA-256."""
@@ -53,16 +50,19 @@ def write_manifest(
     Raises:
         DataError: there is no shard, or one is not valid.
     """
-    entries: list[ShardEntry] = []
-    datasets: dict[str, dict[str, DatasetFacts]] = {}
-    for split in SPLITS:
-        for place in sorted(path for path in (folder / split).glob("*") if path.is_dir()):
-            found, facts = _describe(folder, split, place)
-            entries += found
-            if found:
-                datasets.setdefault(split, {})[place.name] = facts
-    if not entries:
+    found = [
+        describe_dataset(folder, split, place)
+        for split in SPLITS
+        for place in sorted(path for path in (folder / split).glob("*") if path.is_dir())
+    ]
+    described = [each for each in found if each.entries]
+    if not described:
         raise DataError(f"{folder} has no shard named <split>/<dataset>/*.tar")
+    datasets: dict[str, dict[str, DatasetFacts]] = {}
+    counts: dict[str, dict[str, dict[str, Counts]]] = {}
+    for each in described:
+        datasets.setdefault(each.split, {})[each.name] = each.facts
+        counts.setdefault(each.split, {})[each.name] = each.counts
     manifest = Manifest(
         folder=folder,
         builder=builder,
@@ -71,7 +71,8 @@ def write_manifest(
         packages=dict(sorted((packages or {}).items())),
         notes=notes,
         datasets=datasets,
-        entries=tuple(entries),
+        entries=tuple(entry for each in described for entry in each.entries),
+        counts=counts,
     )
     _replace(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
@@ -81,7 +82,8 @@ def verify(folder: Path | str) -> Manifest:
     """Check every shard and index of a folder against its manifest; meant for every start.
 
     Existence and size are always checked. A file is read only if it was not found right before
-    with the same size and modification time, so a second call costs one ``stat`` per file.
+    with the same size and modification time, so a second call costs one ``stat`` per file. Of a
+    set whose shards are elsewhere the indexes are checked; a shard is when it is fetched.
 
     Raises:
         DataError: names the first shard that is missing, differs or has a wrong index.
@@ -94,18 +96,13 @@ def verify(folder: Path | str) -> Manifest:
         tar = folder / entry.path
         index = index_path(tar)
         name = index.relative_to(folder).as_posix()
-        checked[entry.path] = _check("shard", tar, entry.bytes, entry.sha256, known, entry.path)
+        if not manifest.url:
+            checked[entry.path] = _check("shard", tar, entry.bytes, entry.sha256, known, entry.path)
         checked[name] = _check("index", index, entry.index_bytes, entry.index_sha256, known, name)
     if checked != known:
         with contextlib.suppress(OSError):  # a read-only folder is read again at the next start
             _replace(folder / VERIFIED_NAME, json.dumps(checked, indent=1) + "\n")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check(
@@ -122,52 +119,6 @@ def _check(
     if known.get(name) != identity and file_sha256(path) != sha256:
         raise DataError(f"{kind} {path} is corrupted: its SHA-256 is not the manifest's; {_REPAIR}")
     return identity
-
-
-def _describe(folder: Path, split: str, place: Path) -> tuple[list[ShardEntry], DatasetFacts]:
-    """The shards of one split of one dataset."""
-    entries: list[ShardEntry] = []
-    answers = Counter[str]()
-    combinations: set[str] = set()
-    for tar in sorted(place.glob("*.tar")):
-        index = index_path(tar)
-        if not index.is_file():
-            index_shard(tar)
-        shard = load_index(tar, place.name, "")
-        combination = ""
-        with tar.open("rb") as stream:
-            for sample in shard.samples:
-                stream.seek(sample.json_offset)
-                record = parse_sample(stream.read(sample.json_size), f"{tar.name}:{sample.key}")
-                if record.dataset != place.name:
-                    raise DataError(
-                        f"{tar}: sample '{sample.key}' is of dataset {record.dataset}, the folder "
-                        f"is called {place.name}"
-                    )
-                answers[record.turns[-1].text] += 1
-                combination = record.combination
-        combinations.add(combination)
-        entries.append(
-            ShardEntry(
-                split=split,
-                dataset=place.name,
-                combination=combination,
-                path=tar.relative_to(folder).as_posix(),
-                samples=len(shard.samples),
-                bytes=tar.stat().st_size,
-                sha256=file_sha256(tar),
-                index_bytes=index.stat().st_size,
-                index_sha256=file_sha256(index),
-            )
-        )
-    samples = answers.total()
-    facts = DatasetFacts(
-        combination=" ".join(sorted(combinations)),
-        samples=samples,
-        answers=len(answers),
-        majority=round(max(answers.values(), default=0) / max(1, samples), 4),
-    )
-    return entries, facts
 
 
 def _load_verified(folder: Path) -> dict[str, Any]:

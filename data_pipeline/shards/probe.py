@@ -12,21 +12,18 @@ from data_pipeline.reading.medium import Medium
 _NAMELESS = "a medium"  # a broken one is not reported here, so that its name is not needed
 
 
-def sound_duration_ms(data: bytes) -> int:
-    """Length of a recording in milliseconds, rounded; 0 for one that the decoder refuses."""
-    try:
-        return probe_sound(Medium("speech", data, _NAMELESS)).duration_ms
-    except BrokenMediumError:
-        return 0
+def media_length(modality: str, data: bytes) -> tuple[int, int]:
+    """Length in milliseconds, rounded, and number of frames of a medium.
 
-
-def video_length(data: bytes) -> tuple[int, int]:
-    """Length in milliseconds and number of frames of a video's first picture stream.
-
-    Both are 0 for a video that the decoder refuses before it decodes.
+    Both are 0 for pictures and for what the decoder refuses before it decodes; a sound has no
+    frames.
     """
     try:
-        facts = probe_video(Medium("video", data, _NAMELESS))
+        if modality == "video":
+            video = probe_video(Medium("video", data, _NAMELESS))
+            return video.duration_ms, video.frames
+        if modality != "image":
+            return probe_sound(Medium(modality, data, _NAMELESS)).duration_ms, 0
     except BrokenMediumError:
-        return 0, 0
-    return facts.duration_ms, facts.frames
+        pass
+    return 0, 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,18 @@ HUMAN, ASSISTANT = "human", "gpt"
 PLACEHOLDERS = {modality: f"<{modality}>" for modality in MODALITIES}
 MAX_RECORD_BYTES = 1024**2
 """Largest JSON record that is parsed, bytes."""
+MAX_MEDIUM_BYTES = 512 * 1024**2
+"""Largest medium that may lie in a shard, bytes."""
+KEY_CHARACTERS = string.ascii_letters + string.digits + "_-"
+MAX_KEY = 80
+"""Longest key, characters."""
+MIXED = "mixed"
+"""Stands for the combination of a shard that has several."""
+DATASET_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+MEMBER_NAME = re.compile(r"[0-9]{1,3}\.[a-z0-9]{1,8}")
 
 _PLACEHOLDER = re.compile("|".join(PLACEHOLDERS.values()))
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-_DATASET = re.compile(r"[A-Za-z0-9_-]{1,40}")
-_MEMBER = re.compile(r"[0-9]{1,3}\.[a-z0-9]{1,8}")
+_KEY = re.compile(f"[{KEY_CHARACTERS}]{{1,{MAX_KEY}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +185,7 @@ def _text(value: Any) -> str:
 def _name_problem(sample: Sample) -> str:
     if not _KEY.fullmatch(sample.key):
         return "a key is 1-80 letters, digits, '_' or '-'"
-    if not _DATASET.fullmatch(sample.dataset):
+    if not DATASET_NAME.fullmatch(sample.dataset):
         return f"dataset '{sample.dataset}' is not 1-40 letters, digits, '_' or '-'"
     return ""
 
@@ -201,7 +209,7 @@ def _media_problem(sample: Sample) -> str:
     for medium in sample.media:
         if medium.modality not in MODALITIES:
             return f"unknown modality '{medium.modality}' (known: {', '.join(MODALITIES)})"
-        if not _MEMBER.fullmatch(medium.member):
+        if not MEMBER_NAME.fullmatch(medium.member):
             return f"'{medium.member}' is no member name such as 0.jpg"
     if len({medium.member for medium in sample.media}) != len(sample.media):
         return "two media name the same member"

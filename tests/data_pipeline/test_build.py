@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import webdataset
 
 from data_pipeline import build as build_module
-from data_pipeline.build import build_quickstart, main
+from data_pipeline.build import build_quickstart, index_folder, main
 from data_pipeline.errors import DataError
 from data_pipeline.importers.emoji import EmojiTasks
 from data_pipeline.importers.item import Item
@@ -20,10 +21,12 @@ from data_pipeline.importers.packages import PackageError, PackageStore
 from data_pipeline.importers.sounds import INSTRUMENTS, DrumTasks
 from data_pipeline.importers.speech import FLITE, STAMPS, SpokenDigits
 from data_pipeline.quickstart import Quickstart
-from data_pipeline.shards.index import Manifest
-from data_pipeline.shards.integrity import VERIFIED_NAME
+from data_pipeline.shards import rewriting
+from data_pipeline.shards.index import Manifest, load_manifest
+from data_pipeline.shards.integrity import VERIFIED_NAME, verify
 from data_pipeline.shards.schema import Sample, Turn, parse_sample
 from data_pipeline.shards.writer import ShardWriter
+from tests.data_pipeline.shard_samples import foreign, members_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = Path(os.environ.get("UNIMOE_PACKAGES", ROOT / "cache" / "packages"))
@@ -154,6 +157,130 @@ def test_shards_from_elsewhere_can_be_described(tmp_path: Path, capsys) -> None:
     assert main(["index", str(tmp_path)]) == 0
     assert "samples train 1" in capsys.readouterr().out
     assert main(["index", str(tmp_path / "train")]) == 1
+
+
+def mixed_set(folder: Path) -> dict[str, list[bytes]]:
+    """One mixed and one plain foreign shard; returns every sample's members' bytes by key."""
+    wanted = [
+        ("a", ("image",)),
+        ("b", ()),
+        ("c", ("image", "speech")),
+        ("d", ()),
+        ("e", ("image",)),
+    ]
+    samples = {key: members_of(key, modalities) for key, modalities in wanted}
+    place = folder / "train" / "d"
+    foreign(place / "x.tar", [member for key in "abcd" for member in samples[key]])
+    foreign(place / "y.tar", samples["e"])
+    return {key: [data for _, data in members] for key, members in samples.items()}
+
+
+def served(manifest: Manifest) -> dict[str, list[bytes]]:
+    """The same through the index, from the tars that the manifest names."""
+    found = {}
+    for shard in manifest.shards("train"):
+        data = shard.path.read_bytes()
+        for sample in shard.samples:
+            places = [(sample.json_offset, sample.json_size)]
+            places += [(medium.offset, medium.size) for medium in sample.media]
+            assert sample.key not in found, "served twice"
+            found[sample.key] = [data[offset:][:size] for offset, size in places]
+    return found
+
+
+def test_mixed_shards_are_indexed_and_rewritten_on_demand(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "set"
+    samples = mixed_set(folder)
+    assert main(["index", str(folder)]) == 0
+    assert (
+        "train/d/x.tar: holds several combinations, so that it is served under data.deal=balanced "
+        "with data.compose=mixed only" in capsys.readouterr().out
+    )
+    before = load_manifest(folder)
+    assert [entry.combination for entry in before.entries] == ["mixed", "image+text"]
+    assert served(before) == samples
+    facts = before.datasets["train"]["d"]
+    assert facts.combination == "image+speech+text image+text text"
+    assert main(["index", str(folder), "--rewrite"]) == 0
+    assert "x.tar: rewritten, one shard per combination" in capsys.readouterr().out
+    after = load_manifest(folder)
+    assert [(entry.path, entry.combination) for entry in after.entries] == [
+        ("train/d/x.by-combination/x-image-speech-text.tar", "image+speech+text"),
+        ("train/d/x.by-combination/x-image-text.tar", "image+text"),
+        ("train/d/x.by-combination/x-text.tar", "text"),
+        ("train/d/y.tar", "image+text"),
+    ]
+    assert served(after) == samples
+    assert (after.counts, after.datasets) == (before.counts, before.datasets)
+    assert not list(folder.glob("train/d/x.*r")) + list(folder.glob("train/d/x.index"))
+    assert main(["index", str(folder), "--rewrite"]) == 0
+    assert load_manifest(folder) == after
+
+
+@pytest.mark.parametrize("indexed_before", [False, True])
+@pytest.mark.parametrize(
+    ("name", "call"), [("build_index", 1), ("build_index", 2), ("write_manifest", 1), ("unlink", 1)]
+)
+def test_a_killed_rewriting_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int, indexed_before: bool
+) -> None:
+    folder = tmp_path / "set"
+    samples = mixed_set(folder)
+    if indexed_before:
+        index_folder(folder, say=quiet)
+    place = {"build_index": rewriting, "write_manifest": build_module, "unlink": Path}[name]
+    real, calls = getattr(place, name), []
+
+    def killed(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call and arguments[0].suffix != ".lock":
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            index_folder(folder, rewrite=True, say=quiet)
+    if indexed_before:  # the manifest that is there can still be served
+        assert served(load_manifest(folder)) == samples
+        verify(folder)
+    assert served(index_folder(folder, say=quiet)) == samples
+    after = index_folder(folder, rewrite=True, say=quiet)
+    assert served(after) == samples
+    assert "mixed" not in {entry.combination for entry in after.entries}
+    assert {path.name for path in (folder / "train" / "d").iterdir()} == {
+        *("x.by-combination", "y.tar", "y.index")
+    }
+
+
+def test_what_cannot_be_indexed_is_told(tmp_path: Path, capsys) -> None:
+    def refused(folder: Path) -> str:
+        assert main(["index", str(folder)]) == 1
+        return capsys.readouterr().err
+
+    members = members_of("a")
+    foreign(tmp_path / "gz" / "train" / "d" / "x.tar.gz", members, "w:gz")
+    assert "x.tar.gz is compressed; a shard is read by offsets" in refused(tmp_path / "gz")
+    foreign(tmp_path / "named" / "train" / "d" / "x.tar", members, "w:gz")
+    assert "x.tar is compressed with gzip" in refused(tmp_path / "named")
+    for name in "xy":
+        foreign(tmp_path / "twice" / "train" / "d" / f"{name}.tar", members)
+    assert "y.tar: sample 'a' is in" in refused(tmp_path / "twice")
+    assert "is no folder" in refused(tmp_path / "nothing")
+
+
+def test_a_folder_of_an_older_version_is_built_again(tmp_path: Path) -> None:
+    options = {"small": True, "pypi_only": True, "say": quiet}
+    first = build_quickstart(tmp_path / "d", tmp_path, **options)
+    path = first.folder / "manifest.json"
+    old = {**json.loads(path.read_text()), "version": 1, "builder": "quickstart/2"}
+    path.write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"format 1, this version reads 2; build .* again"):
+        verify(first.folder)
+    assert build_quickstart(tmp_path / "d", tmp_path, **options) == first
+    path.write_text(json.dumps({**old, "builder": "mine/1"}))
+    with pytest.raises(DataError, match="was made by mine/1; choose another folder"):
+        build_quickstart(tmp_path / "d", tmp_path, **options)
 
 
 class Lacking(PackageStore):

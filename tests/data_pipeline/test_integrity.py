@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards import integrity
-from data_pipeline.shards.index import load_manifest
+from data_pipeline.shards.index import Counts, load_manifest
 from data_pipeline.shards.integrity import VERIFIED_NAME, verify, write_manifest
 from data_pipeline.shards.schema import Sample, Turn
 from data_pipeline.shards.writer import ShardWriter
@@ -33,6 +34,11 @@ def test_the_manifest_tells_what_is_there(folder: Path) -> None:
     facts = manifest.datasets["train"]["ds"]
     assert (facts.samples, facts.answers, facts.majority) == (4, 2, 0.75)
     assert manifest.splits() == ("train", "test")
+    size = sum(each.json_size for shard in manifest.shards("test") for each in shard.samples)
+    assert manifest.counts["test"] == {"ds": {"text": Counts(samples=2, media={}, bytes=size)}}
+    shard = manifest.shards("train")[1]
+    entry = manifest.entries[1]
+    assert (shard.bytes, shard.sha256, shard.url) == (entry.bytes, entry.sha256, "")
     shards = manifest.shards("train", "ds")
     assert [shard.path.name for shard in shards] == ["ds-00000.tar", "ds-00001.tar"]
     assert [each.key for shard in shards for each in shard.samples] == [
@@ -41,6 +47,21 @@ def test_the_manifest_tells_what_is_there(folder: Path) -> None:
     assert manifest == load_manifest(folder)
     with pytest.raises(DataError, match="holds no val/ds; it holds test/ds, train/ds"):
         manifest.shards("val", "ds")
+
+
+def test_a_mirror_of_a_set_that_is_elsewhere_has_indexes_only(folder: Path) -> None:
+    digest = load_manifest(folder).digest
+    edited(folder, url="s3://there/set")
+    for tar in folder.rglob("*.tar"):
+        tar.unlink()
+    manifest = verify(folder)
+    assert (manifest.url, manifest.digest) == ("s3://there/set", digest)
+    assert manifest.shards("train")[1].url == f"s3://there/set/{SHARD}"
+    moved = dataclasses.replace(manifest, url="http://here")
+    assert moved.shards("train")[1].url == f"http://here/{SHARD}"
+    flip(folder / INDEX)
+    with pytest.raises(DataError, match=f"index .*{INDEX} is corrupted"):
+        verify(folder)
 
 
 def test_the_digest_names_the_data(folder: Path) -> None:
@@ -61,7 +82,7 @@ def flip(path: Path) -> None:
 
 
 SHARD = "train/ds/ds-00001.tar"
-INDEX = "train/ds/ds-00001.index.jsonl"
+INDEX = "train/ds/ds-00001.index"
 
 
 @pytest.mark.parametrize("seen_before", [False, True])
@@ -73,7 +94,9 @@ INDEX = "train/ds/ds-00001.index.jsonl"
         (lambda f: flip(f / SHARD), f"shard .*{SHARD} is corrupted"),
         (lambda f: os.truncate(f / SHARD, 5000), f"shard .*{SHARD} has 5000 bytes instead of"),
         (
-            lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace("512", "513")),
+            lambda f: (f / INDEX).write_bytes(
+                (f / INDEX).read_bytes().replace(b"train-2", b"train_2")
+            ),
             f"index .*{INDEX} is corrupted",
         ),
         (
@@ -127,6 +150,7 @@ def test_manifests_that_are_refused(folder: Path) -> None:
         ({"shards": [{"path": "x.tar"}]}, "is damaged"),
         ({"shards": None}, "is damaged"),
         ({"datasets": []}, "is damaged"),
+        ({"counts": {"train": 3}}, "is damaged"),
     ]
     for changes, words in cases:
         edited(folder, **changes)
@@ -146,7 +170,7 @@ def test_an_index_with_another_number_of_samples_is_refused(folder: Path) -> Non
     record = json.loads((folder / "manifest.json").read_text())
     record["shards"][0]["samples"] = 7
     edited(folder, shards=record["shards"])
-    with pytest.raises(DataError, match="lists 2 samples but the manifest says 7"):
+    with pytest.raises(DataError, match=r"lists 2 samples of ds \(text\) but the manifest says 7"):
         load_manifest(folder).shards("train")
 
 
@@ -157,9 +181,15 @@ def test_foreign_shards_without_index_are_indexed(folder: Path) -> None:
     assert write_manifest(folder, "index/1").entries == before.entries
 
 
+def test_an_index_that_was_there_is_held_against_the_tar(folder: Path) -> None:
+    flip(folder / SHARD)
+    with pytest.raises(DataError, match=r"ds-00001.tar sample 'train-2'.*or delete ds-00001.index"):
+        write_manifest(folder, "index/1")
+
+
 def test_a_shard_in_the_wrong_folder_is_refused(folder: Path) -> None:
     (folder / "train" / "ds").rename(folder / "train" / "other")
-    with pytest.raises(DataError, match="is of dataset ds, the folder is called other"):
+    with pytest.raises(DataError, match="are of dataset ds, the folder is called other"):
         write_manifest(folder, "x")
     with pytest.raises(DataError, match="has no shard named"):
         write_manifest(folder / "test" / "ds", "x")

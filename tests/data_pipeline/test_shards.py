@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import os
+import pickle
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from safetensors.numpy import load_file
 
 from data_pipeline.errors import DataError
-from data_pipeline.importers.pictures import jpeg, mp4
-from data_pipeline.importers.recording import wav
 from data_pipeline.reading.medium import MODALITIES
-from data_pipeline.shards.index import index_path, load_index
+from data_pipeline.shards import columns
+from data_pipeline.shards.columns import COLUMNS
+from data_pipeline.shards.index import MOST_MAPPED, index_path, load_index
+from data_pipeline.shards.scan import build_index, index_shard
 from data_pipeline.shards.schema import (
     PLACEHOLDERS,
     MediumRef,
@@ -30,39 +33,21 @@ from data_pipeline.shards.schema import (
     parse_sample,
     validate_sample,
 )
-from data_pipeline.shards.writer import ShardWriter, build_index, index_shard
-
-PICTURE = jpeg(Image.new("RGB", (32, 24), (200, 30, 30))).data
-SOUND = wav("speech", np.zeros(13_000, dtype=np.int16), 10_000).data
-CLIP = mp4([Image.new("RGB", (32, 32), (10 * i, 0, 0)) for i in range(8)]).data
-FILES = {"image": ("jpg", PICTURE), "video": ("mp4", CLIP), "speech": ("wav", SOUND)}
-
-
-def make(key: str, modalities: tuple[str, ...] = (), dataset: str = "d") -> tuple[Sample, dict]:
-    media, files, text = [], {}, ""
-    for number, modality in enumerate(modalities):
-        extension, data = FILES[modality]
-        member = f"{number}.{extension}"
-        media.append(MediumRef(modality, member))
-        files[member] = data
-        text += PLACEHOLDERS[modality] + "\n"
-    turns = (Turn("human", text + "What?"), Turn("gpt", f"Ünicode {key}"))
-    return Sample(key, dataset, turns, tuple(media)), files
-
-
-def write(folder: Path, samples: list[tuple[Sample, dict]], **limits: int) -> list[Path]:
-    first = samples[0][0]
-    with ShardWriter(folder, first.dataset, first.combination, **limits) as writer:
-        for sample, files in samples:
-            writer.write(sample, files)
-    return [shard.path for shard in writer.shards]
-
-
-MIXED = ("image", "video", "speech", "image")
+from data_pipeline.shards.writer import ShardWriter
+from tests.data_pipeline.shard_samples import (
+    ALL,
+    CLIP,
+    PICTURE,
+    Members,
+    foreign,
+    make,
+    members_of,
+    write,
+)
 
 
 def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
-    samples = [make(f"k{i}", MIXED) for i in range(5)]
+    samples = [make(f"k{i}", ALL) for i in range(5)]
     (path,) = write(tmp_path, samples)
     read = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [each["__key__"] for each in read] == [f"k{i}" for i in range(5)]
@@ -72,22 +57,24 @@ def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_index_points_at_the_same_bytes_and_knows_the_lengths(tmp_path: Path) -> None:
-    samples = [make(f"k{i}", MIXED) for i in range(3)]
+    samples = [make(f"k{i}", ALL) for i in range(3)]
     (path,) = write(tmp_path, samples)
     data = path.read_bytes()
-    shard = load_index(path, "d", "image+video+speech+text")
+    shard = load_index(path)
     assert shard.samples == build_index(path).samples
     for (sample, files), entry in zip(samples, shard.samples, strict=True):
         assert data[entry.json_offset :][: entry.json_size] == sample.to_json()
-        assert [medium.modality for medium in entry.media] == list(MIXED)
+        assert [medium.modality for medium in entry.media] == list(ALL)
+        assert entry.json_crc32 == zlib.crc32(sample.to_json())
         for medium in entry.media:
             assert data[medium.offset :][: medium.size] == files[medium.member]
+            assert medium.crc32 == zlib.crc32(files[medium.member])
         lengths = [(medium.duration_ms, medium.frames) for medium in entry.media]
         assert lengths == [(0, 0), (1000, 8), (1300, 0), (0, 0)]
 
 
 def test_bytes_depend_on_the_samples_only(tmp_path: Path) -> None:
-    samples = [make(f"k{i}", MIXED) for i in range(3)]
+    samples = [make(f"k{i}", ALL) for i in range(3)]
     (first,) = write(tmp_path / "a", samples)
     (second,) = write(tmp_path / "b", samples)
     assert first.read_bytes() == second.read_bytes()
@@ -132,28 +119,93 @@ def test_an_exception_leaves_no_shard(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def foreign(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def members_of(key: str, modalities: tuple[str, ...] = ("image",)) -> list[tuple[str, bytes]]:
-    sample, files = make(key, modalities)
-    media = [(f"{key}.{member}", data) for member, data in files.items()]
-    return [(f"{key}.json", sample.to_json()), *media]  # the record first: TarWriter puts it last
-
-
 def test_a_foreign_tar_can_be_indexed(tmp_path: Path) -> None:
-    path = foreign(tmp_path / "x.tar", members_of("a", MIXED) + members_of("b", MIXED))
+    path = foreign(tmp_path / "x.tar", members_of("a", ALL) + members_of("b", ALL))
     shard = index_shard(path)
     assert (shard.dataset, shard.combination) == ("d", "image+video+speech+text")
-    assert load_index(path, "d", shard.combination) == shard
+    assert load_index(path) == shard
     entry = shard.samples[1]
     assert path.read_bytes()[entry.media[1].offset :][: entry.media[1].size] == CLIP
+
+
+def test_the_index_is_a_safetensors_file(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, [make("a", ALL), make("bb", ALL)])
+    read, shard = load_file(index_path(path)), load_index(path)
+    assert set(read) == set(COLUMNS)
+    assert read["keys"].tobytes() == b"abb"
+    for name, column in read.items():
+        np.testing.assert_array_equal(shard.columns[name], column)
+        assert not shard.columns[name].flags.writeable
+    assert shard.modalities == ("image", "video", "speech")
+
+
+def test_an_index_makes_objects_on_demand_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"k{i}" for i in range(50)]
+    (path,) = write(tmp_path, [make(key) for key in keys])
+    made: list[str] = []
+    real = columns.SampleIndex
+    monkeypatch.setattr(columns, "SampleIndex", lambda **facts: made.append("") or real(**facts))
+    shard = load_index(path)
+    assert (len(shard), made) == (50, [])
+    assert (shard.samples[-1].key, len(made)) == ("k49", 1)
+    assert [each.key for each in shard.samples[10:20:3]] == keys[10:20:3]
+    with pytest.raises(IndexError):
+        shard.samples[50]
+
+
+def test_many_indexes_travel_as_paths_and_keep_few_files_open(tmp_path: Path) -> None:
+    paths = write(tmp_path, [make(f"k{i}") for i in range(MOST_MAPPED + 40)], max_samples=1)
+    shards = [load_index(path, bytes=path.stat().st_size, sha256="x") for path in paths]
+    assert len(pickle.dumps(shards[0])) < 500
+    again = pickle.loads(pickle.dumps(shards))
+    assert again == shards
+    assert [each.sha256 for each in again] == ["x"] * len(shards)
+    assert [each.samples[0].key for each in again] == [f"k{i}" for i in range(len(shards))]
+    assert len(os.listdir("/proc/self/fd")) < MOST_MAPPED + 100
+
+
+def test_an_index_that_is_replaced_is_mapped_again(tmp_path: Path) -> None:
+    (path,) = write(tmp_path / "a", [make("old")])
+    (other,) = write(tmp_path / "b", [make("new")])
+    assert load_index(path).samples[0].key == "old"
+    other.replace(path)
+    index_path(other).replace(index_path(path))
+    assert load_index(path).samples[0].key == "new"
+
+
+def test_an_index_that_does_not_fit_its_tar_is_refused(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, [make("a")])
+    size = path.stat().st_size
+    with pytest.raises(DataError, match=f"a tar of {size} bytes but the manifest says 7"):
+        load_index(path, bytes=7)
+    with path.open("ab") as stream:
+        stream.write(bytes(512))
+    with pytest.raises(DataError, match=f"a tar of {size} bytes but the tar has {size + 512}"):
+        load_index(path)
+    assert load_index(path, url="s3://there/d.tar", bytes=size).samples[0].key == "a"
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_what_other_writers_put_into_a_tar(tmp_path: Path, form: int, prefix: str) -> None:
+    extras: Members = [
+        ("/", b""),
+        ("a" * 120 + "/", b""),
+        ("README", b"x"),
+        ("._a.json", b"x"),
+        ("__meta__", b"x"),
+    ]
+    samples = [*members_of("a", ALL), ("a.cls", b"3"), ("a.CAPS.txt", b"x"), *members_of("b")]
+    named = [(prefix + name.lstrip("/"), data) for name, data in extras + samples]
+    path = foreign(tmp_path / "x.tar", [(name or "./", data) for name, data in named], form=form)
+    shard = index_shard(path)
+    assert shard.combination == "mixed"
+    first, second = load_index(path).samples
+    assert (first.key, second.key) == ("a", "b")
+    assert path.read_bytes()[first.media[1].offset :][: first.media[1].size] == CLIP
+    assert [medium.member for medium in second.media] == ["0.jpg"]
 
 
 def test_a_medium_with_a_broken_header_has_length_zero(tmp_path: Path) -> None:
@@ -166,7 +218,7 @@ def test_a_medium_with_a_broken_header_has_length_zero(tmp_path: Path) -> None:
     ]
 
 
-def renamed(prefix: str) -> list[tuple[str, bytes]]:
+def renamed(prefix: str) -> Members:
     return [(prefix + name, data) for name, data in members_of("a")]
 
 
@@ -178,9 +230,12 @@ OTHER = [("o.json", make("o", (), "other")[0].to_json())]
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        (renamed("../"), "'../a.json' is refused"),
-        (renamed("/tmp/"), "a.json' is refused"),
-        (renamed("folder/"), "'folder/a.json' is refused"),
+        (renamed("../../"), r"'../../a.json' is refused; its path climbs out"),
+        (renamed("./x/../../"), "is refused; its path climbs out"),
+        (renamed("/tmp/"), "'/tmp/a.json' is refused; its path climbs out"),
+        ([*A, ("../", b"")], r"'\.\.' is refused; its path climbs out"),
+        (renamed("folder/"), "'folder/a.json' is refused.*at the top level"),
+        ([("a b.json", A[0][1])], "'a b.json' is refused.* letters, digits"),
         ([A[0], B[0], B[1], A[1]], "sample 'a'.* is missing"),
         ([*A, *B, *A], "sample 'a' are not together"),
         ([*A, A[1]], "comes twice"),
@@ -189,46 +244,13 @@ OTHER = [("o.json", make("o", (), "other")[0].to_json())]
         ([("a.json", b'{"key": "a"}')], "not a sample record"),
         ([("a.json", b"[" * 100_000)], "not a sample record"),
         ([("a.json", b" " * 2_000_000)], "2000000 bytes exceeds"),
-        (A + TEXT, "one combination, found image\\+text, text"),
         (TEXT + OTHER, "one dataset, found d, other"),
         ([], "one dataset, found none"),
     ],
 )
-def test_foreign_tars_that_are_refused(
-    tmp_path: Path, members: list[tuple[str, bytes]], words: str
-) -> None:
+def test_foreign_tars_that_are_refused(tmp_path: Path, members: Members, words: str) -> None:
     with pytest.raises(DataError, match=words):
         build_index(foreign(tmp_path / "x.tar", members))
-
-
-def test_links_compression_and_cut_off_tars_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "link.tar", "w") as tar:
-        link = tarfile.TarInfo("a.json")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    with pytest.raises(DataError, match=r"'a\.json' is refused"):
-        build_index(tmp_path / "link.tar")
-    with pytest.raises(DataError, match="uncompressed tar"):
-        build_index(foreign(tmp_path / "x.tar", A, "w:gz"))
-    whole = foreign(tmp_path / "y.tar", members_of("a", ("speech",))).read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[:4000])
-    with pytest.raises(DataError, match=r"cut\.tar"):
-        build_index(tmp_path / "cut.tar")
-    with pytest.raises(DataError, match="does not exist"):
-        build_index(tmp_path / "none.tar")
-
-
-def test_a_damaged_index_is_named_with_its_line(tmp_path: Path) -> None:
-    (path,) = write(tmp_path, [make(f"k{i}") for i in range(3)])
-    index = index_path(path)
-    lines = index.read_text().splitlines()
-    for bad in ('{"key": 1}', "{", lines[1].replace("[", "[-"), lines[1].replace("[", '["x",')):
-        index.write_text("\n".join([lines[0], bad, lines[2]]))
-        with pytest.raises(DataError, match="line 2 is damaged"):
-            load_index(path, "d", "text")
-    index.unlink()
-    with pytest.raises(DataError, match="does not exist"):
-        load_index(path, "d", "text")
 
 
 GOOD = make("k", ("image", "speech"))[0]
