@@ -9,30 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.conversation.template import Rendered
 from data_pipeline.reading.medium import MODALITIES, Medium
-
-GROUPS = (*MODALITIES, "text")
-"""What losses and routing are reported by: a sample's first modality, or text."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample ready to be packed.
-
-    Attributes:
-        key: its key in the shard.
-        dataset: its dataset.
-        group: one of ``GROUPS``.
-        tokens: the conversation as tokens.
-        media: its media in the order of their markers.
-    """
-
-    key: str
-    dataset: str
-    group: str
-    tokens: Rendered
-    media: tuple[Medium, ...] = ()
+from data_pipeline.reading.sample import GROUPS, Sample
 
 
 @dataclass

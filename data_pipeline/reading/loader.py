@@ -1,79 +1,172 @@
-"""Reads the micro-batches of a step for one data-parallel rank: its own bytes and no others."""
+"""Reads the micro-batches of steps for one data-parallel rank: its own bytes and no others."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from data_pipeline.conversation.template import render
-from data_pipeline.conversation.tokenizer import TextTokenizer
-from data_pipeline.errors import DataError
-from data_pipeline.planning.catalogue import Catalogue, Entry, MediumTokens
-from data_pipeline.planning.dealing import deal_step
-from data_pipeline.planning.plan import GlobalPlan
-from data_pipeline.reading.collate import MicroBatch, Sample, collate
-from data_pipeline.reading.medium import MODALITIES
-from data_pipeline.reading.records import RecordReader
+import numpy as np
+
+from data_pipeline.planning.catalogue import Catalogue
+from data_pipeline.planning.cost import CostModel
+from data_pipeline.planning.dealer import Dealer
+from data_pipeline.planning.dealing import Dealt, Ranks, deal_balanced
+from data_pipeline.planning.work import step_work
+from data_pipeline.reading.pool import ReaderPool
+from data_pipeline.reading.quarantine import Broken, Quarantine, broken_entry
+from data_pipeline.reading.sample import BrokenSample, Sample
+
+_TASKS_PER_STEP = 1_000_000
+
+
+def step_of(task: int) -> int:
+    """The step that a task of a ``StepLoader`` belongs to."""
+    return task // _TASKS_PER_STEP
+
+
+@dataclass
+class ReadStep:
+    """What a rank has read of a step.
+
+    Attributes:
+        step: its number.
+        places: samples that the plan gave to this rank, broken ones included.
+        microbatches: the samples of each micro-batch; those in quarantine are left out.
+        broken: samples that were found broken now.
+    """
+
+    step: int
+    places: int
+    microbatches: list[list[Sample]]
+    broken: list[Broken] = field(default_factory=list)
+
+    def without(self, quarantine: Quarantine) -> list[list[Sample]]:
+        """The micro-batches without what is in quarantine by now."""
+        return [
+            [s for s in samples if not quarantine.holds(s.dataset, s.key, self.step)]
+            for samples in self.microbatches
+        ]
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How samples become rows: most tokens of a row, and what its length is a multiple of."""
+class _Submitted:
+    step: int
+    places: int
+    tasks: list[int | None]
 
-    capacity: int
-    multiple: int
 
+class StepLoader:
+    """The steps of a plan, one after another, for one data-parallel rank.
 
-class SampleReader:
-    """Reads, renders and packs samples of a catalogue."""
+    Steps are handed to the pool ahead of time; what comes out does not depend on how far, nor on
+    the number of workers: a sample is left out from the step on at which it was found broken.
+
+    Args:
+        dealer: plans and deals.
+        pool: reads.
+        quarantine: what is known to be broken.
+        rank: this rank.
+        last: number of the run's last step and one.
+        prefetch: steps that are handed to the pool ahead.
+    """
 
     def __init__(
         self,
-        catalogue: Catalogue,
-        tokenizer: TextTokenizer,
-        medium_tokens: MediumTokens,
-        packing: Packing,
+        dealer: Dealer,
+        pool: ReaderPool,
+        quarantine: Quarantine,
+        rank: int,
+        last: int,
+        prefetch: int = 0,
     ) -> None:
-        self.catalogue = catalogue
-        self.tokenizer = tokenizer
-        self.medium_tokens = medium_tokens
-        self.packing = packing
-        self._records = RecordReader()
+        self.dealer = dealer
+        self.pool = pool
+        self.quarantine = quarantine
+        self.rank = rank
+        self._last = last
+        self._prefetch = prefetch
+        self._ahead: deque[_Submitted] = deque()
 
-    def step(self, plan: GlobalPlan, step: int, rank: int, ranks: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a planned step; every rank gets the same number."""
-        draws = plan.step(step)
-        return self.deal([(draw.dataset, draw.row) for draw in draws], rank, ranks)
-
-    def deal(self, places: Sequence[tuple[int, int]], rank: int, ranks: int) -> list[MicroBatch]:
-        """Deal samples ``(dataset, row)`` to ranks and read this rank's part."""
-        lengths = [self.catalogue.tokens(d, row, self.medium_tokens) for d, row in places]
-        mine = deal_step(lengths, ranks, self.packing.capacity)[rank]
-        return [
-            collate(
-                [self.sample(*places[i]) for i in micro],
-                self.tokenizer.pad,
-                self.packing.multiple,
-            )
-            for micro in mine
-        ]
-
-    def sample(self, dataset: int, row: int) -> Sample:
-        """One sample, rendered.
+    def read(self, step: int) -> ReadStep:
+        """The samples of a step; steps are asked for in ascending order, without gaps.
 
         Raises:
-            DataError: naming shard and sample, if markers and media disagree.
+            DataError: a shard cannot be read.
         """
-        entry: Entry = self.catalogue.entry(dataset, row)
-        shard, facts = entry
-        record = self._records.record(shard, facts)
-        media = self._records.media(shard, facts)
-        counts: dict[str, list[int]] = {m: [] for m in MODALITIES}
-        for medium in facts.media:
-            counts[medium.modality].append(self.medium_tokens(medium.modality, medium.duration_ms))
-        try:
-            tokens = render(record["conversations"], self.tokenizer, counts)
-        except (DataError, KeyError, TypeError) as error:
-            raise DataError(f"{shard.path}: sample {facts.key}: {error}.") from error
-        group = next((m for m in MODALITIES if counts[m]), "text")
-        return Sample(facts.key, shard.dataset, group, tokens, media)
+        following = self._ahead[-1].step + 1 if self._ahead else step
+        for each in range(following, min(self._last, step + 1 + self._prefetch)):
+            self._ahead.append(self._submit(each))
+        submitted = self._ahead.popleft()
+        if submitted.step != step:
+            raise RuntimeError(f"step {submitted.step} is next, not step {step}")
+        result = ReadStep(step, submitted.places, [])
+        for task in submitted.tasks:
+            read = [] if task is None else self.pool.result(task)
+            result.broken += [broken_at(step, s) for s in read if isinstance(s, BrokenSample)]
+            result.microbatches.append([s for s in read if isinstance(s, Sample)])
+        return result
+
+    def _submit(self, step: int) -> _Submitted:
+        rows, dealt = self.dealer.step(step)
+        mine = [rows[micro] for micro in dealt.of(self.rank)]
+        places = sum(len(micro) for micro in mine)
+        tasks = [self._read(rows, step, number) for number, rows in enumerate(mine)]
+        return _Submitted(step, places, tasks)
+
+    def _read(self, rows: np.ndarray, step: int, micro: int) -> int | None:
+        """Hand a micro-batch to the pool; None for one with nothing to read."""
+        wanted = [int(row) for row in rows if not self._held(int(row), step)]
+        if not wanted:
+            return None
+        task = step * _TASKS_PER_STEP + micro
+        self.pool.submit(task, wanted)
+        return task
+
+    def _held(self, row: int, step: int) -> bool:
+        if not len(self.quarantine):
+            return False
+        shard, sample = self.dealer.catalogue.entry(row)
+        return self.quarantine.holds(shard.dataset, sample.key, step)
+
+
+def broken_at(step: int, sample: BrokenSample) -> Broken:
+    """The line of the quarantine for a sample."""
+    return broken_entry(step, sample.dataset, sample.shard, sample.key, sample.kind, sample.reason)
+
+
+class RowLoader:
+    """Any rows of a catalogue, dealt to ranks: held-out questions.
+
+    Args:
+        catalogue: of the rows.
+        pool: reads; in the same catalogue.
+        costs: what dealing goes by.
+
+    Attributes:
+        broken: samples of this rank that could not be read so far.
+    """
+
+    def __init__(self, catalogue: Catalogue, pool: ReaderPool, costs: CostModel) -> None:
+        self.catalogue = catalogue
+        self.broken: list[BrokenSample] = []
+        self._pool = pool
+        self._costs = costs
+        self._task = 0
+
+    def read(self, rows: Sequence[int], ranks: Ranks, rank: int) -> list[list[Sample]]:
+        """This rank's micro-batches of some rows; every rank gets the same number.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        places = np.asarray(rows, dtype=np.int64)
+        dealt: Dealt = deal_balanced(step_work(self.catalogue, places, self._costs), ranks)
+        microbatches = []
+        for micro in dealt.of(rank):
+            self._task += 1
+            self._pool.submit(self._task, [int(row) for row in places[micro]])
+            read = self._pool.result(self._task)
+            self.broken += [s for s in read if isinstance(s, BrokenSample)]
+            microbatches.append([s for s in read if isinstance(s, Sample)])
+        return microbatches

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.reading.features import feature_path
 from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.model.towers.encoders import Encoder
+from unimoe_mcore.model.towers.encoders import Encoder, build_encoder
 
 _CHUNK = 64  # media encoded before their features are written: what a kill can cost
 _CHECKSUM = 4  # bytes
@@ -38,9 +39,25 @@ class FeatureCache:
 
     def __init__(self, root: Path, encoder: Encoder) -> None:
         self.encoder = encoder
+        self._released = False
         fingerprint = encoder.fingerprint()
         self.folder = root / f"{encoder.name}-{fingerprint[:16]}"
         self._describe(fingerprint)
+
+    def release(self) -> None:
+        """Give the encoder's weights back: this rank needs them for nothing foreseeable.
+
+        What is asked of it still works; the weights are then loaded again.
+        """
+        self.encoder.to("meta")
+        self._released = True
+
+    def _ready(self) -> Encoder:
+        """The encoder with its weights."""
+        if self._released:
+            self.encoder = build_encoder(self.encoder.config)
+            self._released = False
+        return self.encoder
 
     def features(self, media: list[Medium]) -> list[Tensor]:
         """Features of every medium, from disk where they are, else encoded and stored.
@@ -66,7 +83,7 @@ class FeatureCache:
             else:
                 found[path] = stored
         for chunk in batched(misses.items(), _CHUNK):
-            encoded = self.encoder.encode([medium for _, medium in chunk])
+            encoded = self._ready().encode([medium for _, medium in chunk])
             for (path, _), features in zip(chunk, encoded, strict=True):
                 self._write(path, _pack(features.numpy()))
                 found[path] = features
@@ -78,8 +95,7 @@ class FeatureCache:
         return list(absent.values())
 
     def _path(self, medium: Medium) -> Path:
-        ending = ".video.npy" if medium.modality == "video" else ".npy"
-        return self.folder / medium.digest[:2] / (medium.digest + ending)
+        return feature_path(self.folder, medium)
 
     def _read(self, path: Path, medium: Medium) -> Tensor | None:
         """The stored features, or None where there are none that can be trusted."""

@@ -56,8 +56,7 @@ class EfficientNetLite0(Encoder):
         return {"resolution": self.config.resolution, "frames": self.config.frames}
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
-        config = self.config
-        return encode_pictures(media, config.resolution, config.frames, _BATCH, self._run)
+        return encode_pictures(media, self.config, _BATCH, self._run)
 
     def _run(self, pixels: Tensor) -> Tensor:
         """uint8 ``[batch, side, side, 3]`` to ``[batch, cells, 1728]``."""

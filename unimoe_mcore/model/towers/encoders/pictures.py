@@ -1,4 +1,4 @@
-"""The way of pictures and videos to square pixels and back to one tensor per medium."""
+"""The way of pictures and videos to batches of square pixels and back to one tensor per medium."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from itertools import batched
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data_pipeline.reading.decode import decode_image, decode_video
 from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.prepare import picture_side, prepare
+from unimoe_mcore.config.towers import EncoderConfig
 
-PICTURE_LIBRARIES = ("av", "numpy", "pillow")
+PICTURE_LIBRARIES = ("av", "imagecodecs", "numpy", "pillow", "simplejpeg")
 """Distributions that a picture or video passes through on its way to a network."""
 
 
 def encode_pictures(
     media: list[Medium],
-    side: int,
-    frames: int,
+    config: EncoderConfig,
     batch: int,
     run: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Decode pictures and videos, run them through a network in batches, sort them by medium.
+    """Run pictures and videos through a network in batches and sort them by medium.
 
     Every batch has exactly ``batch`` pictures, the last one filled with black: kernels of
     different batch sizes round differently, and features must not depend on their neighbours.
-    At most one medium more than a batch is decoded at a time.
+    Media that nobody has decoded yet are decoded here, at most one more than a batch at a time.
 
     Args:
         media: images and videos.
-        side: side of the square that each picture is resized to (antialiased bilinear), pixels.
-        frames: frames taken from a video.
+        config: of the encoder: size of the squares and frames of a video.
         batch: pictures per batch.
         run: from uint8 ``[batch, side, side, 3]`` to ``[batch, cells, feature_size]``.
 
@@ -41,24 +39,22 @@ def encode_pictures(
         For each image ``[cells, feature_size]``, for each video
         ``[frames, cells, feature_size]``.
     """
+    side = picture_side(config)
     done: list[Tensor] = []
-    for group in batched(_squares(media, side, frames), batch):
+    for group in batched(_squares(media, config), batch):
         pixels = np.zeros((batch, side, side, 3), np.uint8)
         pixels[: len(group)] = group
         done.extend(run(torch.from_numpy(pixels))[: len(group)])
     features = iter(done)
     return [
-        torch.stack([next(features) for _ in range(frames)])
+        torch.stack([next(features) for _ in range(config.frames)])
         if medium.modality == "video"
         else next(features)
         for medium in media
     ]
 
 
-def _squares(media: list[Medium], side: int, frames: int) -> Iterator[np.ndarray]:
+def _squares(media: list[Medium], config: EncoderConfig) -> Iterator[np.ndarray]:
     for medium in media:
-        video = medium.modality == "video"
-        pictures = decode_video(medium, frames) if video else decode_image(medium)[None]
-        for picture in pictures:
-            square = Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR)
-            yield np.asarray(square)
+        content = prepare(medium, config) if medium.content is None else medium.content
+        yield from content if medium.modality == "video" else content[None]

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.prepare import FIXED_SIDES, SAMPLES_PER_FEATURE
 from unimoe_mcore.config.towers import EncoderConfig, picture_cells
 from unimoe_mcore.model.towers.encoders.base import Encoder, register_encoder
 from unimoe_mcore.model.towers.encoders.pictures import PICTURE_LIBRARIES, encode_pictures
 from unimoe_mcore.model.towers.encoders.sounds import (
-    SAMPLES_PER_FEATURE,
     SOUND_LIBRARIES,
     sound_settings,
     waveform,
 )
 
-_CELL = 8  # pixels; a picture is resized to two by two such cells
+_CELL = FIXED_SIDES["random_image"] // 2  # pixels; a picture is two by two such cells
 
 
 def _projection(inputs: int, outputs: int) -> nn.Parameter:
@@ -44,7 +44,7 @@ class RandomImage(Encoder):
         return {"frames": self.config.frames}
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
-        return encode_pictures(media, 2 * _CELL, self.config.frames, 8, self._run)
+        return encode_pictures(media, self.config, 8, self._run)
 
     def _run(self, pixels: Tensor) -> Tensor:
         x = pixels.to(self.projection.device).float() / 127.5 - 1

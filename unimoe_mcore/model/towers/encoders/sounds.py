@@ -6,22 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.reading.decode import decode_sound, probe_sound
 from data_pipeline.reading.medium import Medium
-from unimoe_mcore.config.towers import FEATURES_PER_SECOND, EncoderConfig, sound_features
+from data_pipeline.reading.prepare import prepare
+from unimoe_mcore.config.towers import EncoderConfig
 
-RATE = 16_000
-"""Sampling rate that encoders of sound read, Hz."""
-
-SAMPLES_PER_FEATURE = RATE // FEATURES_PER_SECOND
-"""Samples under one feature of 20 ms."""
-
-SOUND_LIBRARIES = ("numpy", "soundfile", "soxr")
+SOUND_LIBRARIES = ("av", "numpy", "soundfile", "soxr")
 """Distributions that a recording passes through on its way to a network."""
 
 
 def waveform(medium: Medium, config: EncoderConfig) -> np.ndarray:
-    """Decode a recording and append silence up to its promised number of features.
+    """A recording with silence up to its promised number of features, decoded if it is not yet.
 
     Returns:
         float32 ``[features * 320]`` at 16 kHz, where ``features`` is
@@ -30,11 +24,7 @@ def waveform(medium: Medium, config: EncoderConfig) -> np.ndarray:
     Raises:
         BrokenMediumError: the recording cannot be decoded.
     """
-    features = sound_features(probe_sound(medium).duration_ms, config)
-    samples = decode_sound(medium, config.max_seconds, RATE)[: features * SAMPLES_PER_FEATURE]
-    padded = np.zeros(features * SAMPLES_PER_FEATURE, np.float32)
-    padded[: len(samples)] = samples
-    return padded
+    return prepare(medium, config) if medium.content is None else medium.content
 
 
 def sound_settings(config: EncoderConfig) -> dict[str, Any]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.prepare import RATE, SAMPLES_PER_FEATURE
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.towers import EncoderConfig
 from unimoe_mcore.model.towers.encoders.base import Encoder, register_encoder
 from unimoe_mcore.model.towers.encoders.ctranslate2 import read_ctranslate2
 from unimoe_mcore.model.towers.encoders.sounds import (
-    RATE,
-    SAMPLES_PER_FEATURE,
     SOUND_LIBRARIES,
     sound_settings,
     waveform,
