@@ -32,7 +32,16 @@ def compare(
     return f"| {what} | {ours[0]} {a:.1f} | {theirs[0]} {b:.1f} | {b / a:.2f} | {rounds} |"
 
 
-def write(name: str, claim: str, rows: list[str]) -> None:
+COLUMNS = ("case", "first, ms", "second, ms", "second / first", "rounds")
+
+
+def write(
+    name: str,
+    claim: str,
+    rows: list[str],
+    columns: tuple[str, ...] = COLUMNS,
+    notes: tuple[str, ...] = (),
+) -> None:
     """Print the table and keep it under ``benchmarks/results/<name>.md``."""
     version, here = code_version(), machine()
     text = "\n".join(
@@ -44,10 +53,11 @@ def write(name: str, claim: str, rows: list[str]) -> None:
             f"{here['python']}, commit {short(version['commit'])}, "
             + ", ".join(f"{k} {v}" for k, v in version["packages"].items()),
             "",
-            "| case | first, ms | second, ms | second / first | rounds |",
-            "| --- | --- | --- | --- | --- |",
+            "| " + " | ".join(columns) + " |",
+            "| --- " * len(columns) + "|",
             *rows,
             "",
+            *(line for note in notes for line in (note, "")),
         ]
     )
     RESULTS.mkdir(exist_ok=True)

@@ -1,25 +1,46 @@
-"""All samples that a run can draw, with their lengths in language-model tokens."""
+"""All samples that a run can draw, with their lengths and encoder work, as mapped columns."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from filelock import FileLock
 
 from data_pipeline.conversation.template import TEMPLATE, text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
-from data_pipeline.planning.plan import DatasetShare
+from data_pipeline.planning.plan import Draws, Source
+from data_pipeline.progress import progress
+from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.records import RecordReader
-from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex
+from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex, load_index
 
-MediumTokens = Callable[[str, int], int]
-"""Language-model tokens of a medium, from its modality and its duration in milliseconds."""
+_FORMAT = 1
+_DESCRIPTION = "catalogue.json"
+MOST_TOKENS = 2**31 - 1
+
+
+class MediaRule(Protocol):
+    """How media become language-model tokens and encoder work. It can be pickled."""
+
+    @property
+    def name(self) -> str:
+        """Identifies the rule where its results are cached."""
+
+    def tokens(self, modality: str, duration_ms: int) -> int:
+        """Language-model tokens of a medium."""
+
+    def work(self, modality: str, duration_ms: int) -> float:
+        """What its encoder computes: pictures, frames of a video, or seconds of sound."""
 
 
 class Entry(NamedTuple):
@@ -29,57 +50,130 @@ class Entry(NamedTuple):
     sample: SampleIndex
 
 
-@dataclass(frozen=True)
-class CatalogueDataset:
-    """One dataset of a split.
+class Catalogue:
+    """The sources of one split that a recipe names; a sample is known by its row.
+
+    The columns are mapped from files, so that millions of samples cost no memory of the
+    process's own, and all processes of a machine share them. Pickles as the folder's name.
 
     Attributes:
-        share: how the plan sees it.
-        entries: its samples in the order of the shards.
-        text_tokens: tokens of each conversation without media, ``[samples]``.
+        folder: where the columns are.
+        sources: what a plan draws from.
+        combinations: of the sources, sorted; dealing knows each by its number.
+        combination: number of each source's combination, ``[sources]`` int64.
+        starts: first row of every source and, last, the number of rows, ``[sources + 1]``.
+        tokens: length of every sample, language-model tokens, media included, ``[rows]`` int32.
+        work: encoder work by modality in the order of ``MODALITIES``: pictures, frames or
+            seconds, ``[rows, modalities]`` float32.
     """
 
-    share: DatasetShare
-    entries: tuple[Entry, ...]
-    text_tokens: np.ndarray
+    def __init__(self, folder: Path) -> None:
+        """Open what ``open_catalogue`` made.
 
+        Raises:
+            DataError: the folder does not hold a catalogue.
+        """
+        self.folder = folder
+        try:
+            record = json.loads((folder / _DESCRIPTION).read_text("utf-8"))
+            self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            self.work = np.load(folder / "work.npy", mmap_mode="r", allow_pickle=False)
+            self.sources = tuple(Source(*facts) for facts in record["sources"])
+            rows = sum(source.count for source in self.sources)
+            if self.tokens.shape != (rows,) or self.work.shape != (rows, len(MODALITIES)):
+                raise ValueError("its columns are not as long as its sources")
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise DataError(
+                f"The catalogue {folder} cannot be read ({error}): delete that folder."
+            ) from error
+        self.combinations = sorted({source.combination for source in self.sources})
+        numbers = {name: number for number, name in enumerate(self.combinations)}
+        self.combination = np.array([numbers[s.combination] for s in self.sources], dtype=np.int64)
+        self.starts = np.cumsum([0, *(source.count for source in self.sources)])
+        self._shards: list[dict[str, Any]] = record["shards"]
+        self._shard_starts = np.cumsum([0, *(shard["samples"] for shard in self._shards)])
+        # Bound to the instance, so that it goes with it.
+        self._shard: Callable[[int], ShardIndex] = lru_cache(maxsize=4096)(self._open_shard)
 
-@dataclass(frozen=True)
-class Catalogue:
-    """The datasets of one split that a recipe names, in the recipe's order."""
+    @classmethod
+    def load(cls, folder: Path) -> Catalogue:
+        """Open a catalogue by its folder."""
+        return cls(folder)
 
-    datasets: tuple[CatalogueDataset, ...]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Catalogue, (self.folder,)
 
-    def entry(self, dataset: int, row: int) -> Entry:
-        """A sample by the plan's numbers."""
-        return self.datasets[dataset].entries[row]
+    def __len__(self) -> int:
+        return len(self.tokens)
 
-    def tokens(self, dataset: int, row: int, medium_tokens: MediumTokens) -> int:
-        """A sample's length in language-model tokens, media included."""
-        chosen = self.datasets[dataset]
-        media = chosen.entries[row].sample.media
-        return int(chosen.text_tokens[row]) + sum(
-            medium_tokens(facts.modality, facts.duration_ms) for facts in media
+    def rows(self, draws: Draws) -> np.ndarray:
+        """Catalogue rows of planned samples, ``[samples]`` int64."""
+        return self.starts[draws.source] + draws.row
+
+    def source_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the source of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def entry(self, row: int) -> Entry:
+        """A sample by its row."""
+        number = int(np.searchsorted(self._shard_starts, row, side="right")) - 1
+        shard = self._shard(number)
+        return Entry(shard, shard.samples[int(row - self._shard_starts[number])])
+
+    def _open_shard(self, number: int) -> ShardIndex:
+        facts = self._shards[number]
+        return load_index(
+            Path(facts["path"]),
+            url=facts["url"],
+            bytes=facts["bytes"],
+            sha256=facts["sha256"],
         )
 
 
 def open_catalogue(
     manifest: Manifest,
     split: str,
-    datasets: Mapping[str, float],
+    datasets: Sequence[str],
     tokenizer: TextTokenizer,
+    rule: MediaRule,
     cache: Path,
+    reader: RecordReader | None = None,
 ) -> Catalogue:
-    """Find the recipe's datasets in a built set and count their tokens.
+    """Find datasets in a built set, count their tokens, and lay the columns down in the cache.
+
+    What was counted before, by this or another process or run, is not counted again.
 
     Args:
-        datasets: name -> multiplier, as in the recipe.
-        cache: folder for token counts, which depend on tokenizer and template.
+        datasets: names, in the recipe's order.
+        cache: folder for token counts and columns; may be deleted at any time.
+        reader: of records; needed for a set that is not on this machine.
 
     Raises:
         DataError: if a dataset is not in the split.
     """
-    fingerprint = hashlib.sha256((TEMPLATE + tokenizer.serialised()).encode()).hexdigest()[:16]
+    shards = _shards_by_source(manifest, split, datasets)
+    text = hashlib.sha256((TEMPLATE + tokenizer.serialised()).encode()).hexdigest()[:16]
+    identity: list[Any] = [str(manifest.folder.resolve()), manifest.url, text, rule.name]
+    identity.append(list(MODALITIES))
+    # The index as well as the tar: it says what samples there are and how long their media.
+    index = {manifest.folder / entry.path: entry.index_sha256 for entry in manifest.entries}
+    for source, found in shards.items():
+        identity.append([*source, *(f"{shard.sha256} {index[shard.path]}" for shard in found)])
+    name = hashlib.sha256(json.dumps([_FORMAT, identity]).encode()).hexdigest()[:24]
+    folder = cache / "catalogue" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        with contextlib.suppress(DataError):  # it is not there, or damaged
+            return Catalogue(folder)
+        counter = _TextCounter(cache / "lengths" / text, tokenizer, reader or RecordReader())
+        _compile(folder, shards, counter, rule)
+    return Catalogue(folder)
+
+
+def _shards_by_source(
+    manifest: Manifest, split: str, datasets: Sequence[str]
+) -> dict[tuple[str, str], list[ShardIndex]]:
+    """The shards of every (dataset, combination), datasets in the order asked for."""
     found: dict[str, list[ShardIndex]] = {}
     for shard in manifest.shards(split):
         found.setdefault(shard.dataset, []).append(shard)
@@ -89,53 +183,118 @@ def open_catalogue(
             f"{manifest.folder} has no {split} data for {', '.join(missing)} (it has "
             f"{', '.join(sorted(found))}): take them out of data.datasets or build them."
         )
-    reader = RecordReader()
-    checksums = {manifest.folder / entry.path: entry.sha256 for entry in manifest.entries}
-    opened = []
-    for name, factor in datasets.items():
-        shards = found[name]
-        entries = tuple(Entry(shard, sample) for shard in shards for sample in shard.samples)
-        lengths = [
-            _text_lengths(
-                shard,
-                cache / "lengths" / fingerprint / f"{checksums[shard.path][:32]}.npy",
-                tokenizer,
-                reader,
-            )
-            for shard in shards
-        ]
-        digest = hashlib.sha256("".join(checksums[s.path] for s in shards).encode()).hexdigest()
-        share = DatasetShare(name, len(entries), float(factor), digest)
-        opened.append(CatalogueDataset(share, entries, np.concatenate(lengths)))
-    return Catalogue(tuple(opened))
+    grouped: dict[tuple[str, str], list[ShardIndex]] = {}
+    for name in datasets:
+        for combination in sorted({shard.combination for shard in found[name]}):
+            grouped[name, combination] = [s for s in found[name] if s.combination == combination]
+    return grouped
 
 
-def _text_lengths(
-    shard: ShardIndex, path: Path, tokenizer: TextTokenizer, reader: RecordReader
-) -> np.ndarray:
-    """Text tokens of every sample of a shard, from ``path`` where they were counted before."""
-    if path.is_file():
+class _TextCounter:
+    """Text tokens of every sample of a shard, kept in one file per shard."""
+
+    def __init__(self, folder: Path, tokenizer: TextTokenizer, reader: RecordReader) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._reader = reader
+
+    def count(self, shard: ShardIndex) -> np.ndarray:
+        """``[samples]`` int32; 0 for a sample whose record makes no sense: reading will say so.
+
+        Raises:
+            DataError: the shard, or a sample's bytes in it, are damaged. Nothing is kept then,
+                since the restored shard has the same name.
+        """
+        path = self._folder / f"{shard.sha256[:32]}.npy"
+        if path.is_file():
+            try:
+                # Mapped, since a damaged header may claim any size.
+                counted = np.load(path, mmap_mode="r", allow_pickle=False)
+                if counted.shape == (len(shard.samples),) and counted.dtype == np.int32:
+                    return counted
+            except (ValueError, OSError, EOFError):
+                pass  # a damaged cache entry is only counted again
+        counted = np.array([self._sample(shard, each) for each in shard.samples], dtype=np.int32)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.save(file, counted, allow_pickle=False)
+        partial.replace(path)
+        return counted
+
+    def _sample(self, shard: ShardIndex, sample: SampleIndex) -> int:
         try:
-            counted = np.load(path, allow_pickle=False)
-            if counted.shape == (len(shard.samples),):
-                return counted
-        except (ValueError, OSError, EOFError):
-            pass  # a damaged cache entry is only counted again
-    counted = np.array(
-        [text_tokens(_turns(reader, shard, s), tokenizer) for s in shard.samples], dtype=np.int32
+            turns = self._reader.record(shard, sample)["conversations"]
+            return text_tokens(turns, self._tokenizer)
+        except (KeyError, TypeError, AttributeError):
+            return 0
+
+
+def _compile(
+    folder: Path,
+    shards: Mapping[tuple[str, str], Sequence[ShardIndex]],
+    counter: _TextCounter,
+    rule: MediaRule,
+) -> None:
+    """Write the columns, one shard in memory at a time, visible by one rename."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    every = [shard for found in shards.values() for shard in found]
+    rows = sum(len(shard.samples) for shard in every)
+    tokens = np.lib.format.open_memmap(partial / "tokens.npy", "w+", np.int32, (rows,))
+    shape = (rows, len(MODALITIES))
+    work = np.lib.format.open_memmap(partial / "work.npy", "w+", np.float32, shape)
+    start = 0
+    for shard in progress(every, "lengths", len(every)) if len(every) > 100 else every:
+        end = start + len(shard.samples)
+        media_tokens, work[start:end] = media_facts(shard, rule)
+        tokens[start:end] = np.minimum(counter.count(shard) + media_tokens, MOST_TOKENS)
+        start = end
+    tokens.flush()
+    work.flush()
+    record = {
+        "sources": [[*source, *_source_facts(found)] for source, found in shards.items()],
+        "shards": [
+            {
+                "path": str(shard.path.resolve()),
+                "url": shard.url,
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "samples": len(shard.samples),
+            }
+            for shard in every
+        ],
+    }
+    (partial / _DESCRIPTION).write_text(json.dumps(record), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _source_facts(shards: Sequence[ShardIndex]) -> tuple[int, str]:
+    """Number of samples, and a digest of the content."""
+    digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+    return sum(len(shard.samples) for shard in shards), digest
+
+
+def media_facts(shard: ShardIndex, rule: MediaRule) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens ``[samples]`` int64 and encoder work ``[samples, modalities]`` of a shard's media."""
+    columns, samples = shard.columns, len(shard.samples)
+    ends = columns["media_end"].astype(np.int64)
+    sample = np.repeat(np.arange(samples), np.diff(ends, prepend=0))
+    code = columns["modality"].astype(np.int64)
+    # Many media share a length: each different one is asked for once.
+    kinds, inverse = np.unique(
+        (code << 32) | columns["duration_ms"].astype(np.int64), return_inverse=True
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, counted, allow_pickle=False)
-    partial.replace(path)
-    return counted
-
-
-def _turns(
-    reader: RecordReader, shard: ShardIndex, sample: SampleIndex
-) -> Sequence[Mapping[str, str]]:
-    turns = reader.record(shard, sample).get("conversations")
-    if not isinstance(turns, list):
-        raise DataError(f"{shard.path}: sample {sample.key} has no conversations.")
-    return turns
+    named = [(shard.modalities[int(kind >> 32)], int(kind & 0xFFFFFFFF)) for kind in kinds]
+    each_tokens = np.array([rule.tokens(*kind) for kind in named], dtype=np.int64)
+    each_work = np.array([rule.work(*kind) for kind in named], dtype=np.float64)
+    place = np.array([MODALITIES.index(modality) for modality, _ in named], dtype=np.int64)
+    width = len(MODALITIES)
+    if not len(kinds):
+        return np.zeros(samples, np.int64), np.zeros((samples, width), np.float32)
+    tokens = np.bincount(sample, weights=each_tokens[inverse], minlength=samples)
+    cells = sample * width + place[inverse]
+    work = np.bincount(cells, weights=each_work[inverse], minlength=samples * width)
+    return tokens.astype(np.int64), work.reshape(samples, width).astype(np.float32)
