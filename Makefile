@@ -24,6 +24,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	@bash tests/slurm/install.sh
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh tests/data_pipeline/energon.sh
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 
 check: lint types
@@ -37,7 +38,7 @@ types: $(STAMP)
 
 # Every performance claim, measured again; answer_logits needs the quickstart's data and base.
 bench: $(STAMP)
-	@for name in precision thd_rope checkpoint_save answer_logits; do \
+	@for name in precision thd_rope checkpoint_save balance planning decoders answer_logits; do \
 	    OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name || exit 1; done
 
 # Pins what is installed now, for requirements.lock.

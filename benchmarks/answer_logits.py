@@ -32,7 +32,7 @@ def main() -> None:
     recipe = compose_recipe("stage1", ["parallel.processes=1", *sys.argv[1:]], world_size=1)
     collection = groups.initialise(recipe.parallel)
     stage = StageRun(recipe, RunDirectory(Path(tempfile.mkdtemp())), collection)
-    batches = stage.reader.step(stage.plan, 0, 0, 2)
+    batches = stage.feed(stage.pool(stage.samples)).read(0)
     answers = UniMoEModel.answer_places
 
     def step(places: object) -> None:

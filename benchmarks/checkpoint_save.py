@@ -32,7 +32,7 @@ def main() -> None:
     ours = CheckpointFolder(folder / "ours", keep=1)
 
     def save_ours() -> None:
-        ours.save(module.chunks, module.optimizer, RunState(1, {}, "", [], "fp32"))
+        ours.save(module.chunks, module.optimizer, RunState(1, {}, {}, "fp32"))
 
     def save_theirs() -> None:
         shutil.rmtree(folder / "theirs", ignore_errors=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.shards.integrity import verify
+from data_pipeline.opening import open_checked
 from unimoe_mcore.checkpoints.artefact import read_manifest
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.sources import find_sources
@@ -22,7 +22,19 @@ from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
 FREE = (
-    "data.missing",  # the data plan, which is compared by itself, has what was really drawn
+    # The data plan, which is compared by itself, has what was really drawn.
+    "data.folder",
+    "data.missing",
+    # How samples are dealt and read is no part of the plan.
+    "data.cache_bytes",
+    "data.costs",
+    "data.deal",
+    "data.pad_to",
+    "data.prefetch",
+    "data.quarantine_most",
+    "data.sample_seconds",
+    "data.tokens_per_microbatch",
+    "data.workers",
     "logging",
     "parallel",
     "paths",
@@ -33,6 +45,9 @@ FREE = (
     "trainer.threads",
 )
 """Settings that a run may change when it is continued: they do not change what is computed."""
+
+DECLARED = "data.changes"
+"""What a run that is under way may be continued with: the data plan checks it by itself."""
 
 
 def prepare_run(recipe: Recipe) -> Path:
@@ -46,7 +61,7 @@ def prepare_run(recipe: Recipe) -> Path:
         DataError: if the data are missing or damaged.
     """
     find_sources(recipe)
-    verify(Path(recipe.data.folder))
+    open_checked(recipe.data.folder, Path(recipe.paths.cache))
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name)
     with run.lock():
         changed = (
@@ -54,6 +69,8 @@ def prepare_run(recipe: Recipe) -> Path:
             if (run.config.is_file())
             else []
         )
+        if not given(run):
+            changed = [words for words in changed if not words.startswith(DECLARED)]
         if changed and run.started:
             raise UserError(
                 f"{run.path} was started with other settings ({'; '.join(changed)}): give this "

@@ -1,7 +1,8 @@
 """``python -m unimoe_mcore.encode RECIPE [overrides]``: run the frozen encoders once on all media.
 
 Training then reads their outputs from the cache. It would fill the cache by itself as it goes;
-doing it first keeps the steps even and uses every process for encoding.
+doing it first keeps the steps even and uses every process for encoding. Media that cannot be
+decoded are named and left out; training will put their samples in quarantine.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_pipeline.errors import DataError
+from data_pipeline.reading.decode import BrokenMediumError
 from data_pipeline.reading.medium import Medium
-from data_pipeline.reading.records import RecordReader
-from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex, load_manifest
+from data_pipeline.reading.prepare import prepare
+from data_pipeline.reading.records import DamagedSampleError, RecordReader
+from data_pipeline.reading.remote import ShardStore, open_set
+from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex
 from unimoe_mcore.compose import speak
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import tower_modalities
+from unimoe_mcore.config.towers import EncoderConfig, tower_modalities
 from unimoe_mcore.runtime.parent import DIE_WITH_PARENT, die_with_parent
 
 BATCH = 32
@@ -44,7 +48,12 @@ class Share:
     """
 
     def __init__(
-        self, manifest: Manifest, modalities: Sequence[str], process: int, processes: int
+        self,
+        manifest: Manifest,
+        modalities: Sequence[str],
+        process: int,
+        processes: int,
+        store: ShardStore | None = None,
     ) -> None:
         """Only the index is looked at.
 
@@ -53,8 +62,10 @@ class Share:
             modalities: the modalities to encode.
             process: number of this process, from 0.
             processes: number of processes.
+            store: where remote shards are kept.
         """
         self._modalities = tuple(modalities)
+        self._reader = RecordReader(store)
         samples = [
             (shard, sample)
             for split in manifest.splits()
@@ -72,11 +83,13 @@ class Share:
         )
 
     def __iter__(self) -> Iterator[Medium]:
-        reader = RecordReader()
         for shard, sample in self._samples:
-            for medium in reader.media(shard, sample):
-                if medium.modality in self._modalities:
-                    yield medium
+            try:
+                media = self._reader.media(shard, sample)
+            except DamagedSampleError as error:
+                _leave_out(f"{shard.path.name}:{sample.key}", error)
+                continue
+            yield from (medium for medium in media if medium.modality in self._modalities)
 
 
 def encode_share(recipe: Recipe, process: int, processes: int) -> int:
@@ -94,16 +107,30 @@ def encode_share(recipe: Recipe, process: int, processes: int) -> int:
     from unimoe_mcore.model.towers.feature_cache import FeatureCache
 
     torch.set_num_threads(1)
-    manifest = load_manifest(Path(recipe.data.folder))
+    store = ShardStore(Path(recipe.paths.scratch), recipe.data.cache_bytes)
+    manifest = open_set(recipe.data.folder, Path(recipe.paths.cache))
     encoded = 0
     for name, tower in recipe.model.towers.items():
         cache = FeatureCache(Path(recipe.paths.cache) / "features", build_encoder(tower.encoder))
-        share = Share(manifest, tower_modalities(name), process, processes)
+        share = Share(manifest, tower_modalities(name), process, processes, store)
         for batch in _shown(share, f"encode {name}", shown=process == 0):
-            missing = cache.missing(batch)
+            missing = list(_decoded(cache.missing(batch), tower.encoder))
             cache.features(missing)
             encoded += len(missing)
     return encoded
+
+
+def _decoded(media: Sequence[Medium], encoder: EncoderConfig) -> Iterator[Medium]:
+    """Those media that can be decoded."""
+    for medium in media:
+        try:
+            yield medium.with_content(prepare(medium, encoder))
+        except BrokenMediumError as error:
+            _leave_out(medium.source, error)
+
+
+def _leave_out(source: str, error: Exception) -> None:
+    print(f"left out: {source}: {error}", file=sys.stderr, flush=True)
 
 
 def _shown(share: Share, title: str, shown: bool) -> Iterator[list[Medium]]:

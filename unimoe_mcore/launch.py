@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.shards.index import load_manifest
+from data_pipeline.reading.remote import open_set
 from unimoe_mcore.compose import prepare_run, speak, up_to_date
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.recipe import Recipe
@@ -110,7 +110,8 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     recipe = compose_recipe(arguments[0], arguments[1:])
-    if up_to_date(recipe, load_manifest(Path(recipe.data.folder)).digest):
+    data = open_set(recipe.data.folder, Path(recipe.paths.cache))
+    if up_to_date(recipe, data.digest):
         print(f"{recipe.name}: done before")
         return 0
     return launch(recipe)

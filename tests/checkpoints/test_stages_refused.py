@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.integrity import verify, write_manifest
+from data_pipeline.shards.integrity import verify
 from tests.conftest import World
 from tests.distributed import REPOSITORY
 from tests.workspace import branch, build_data, overrides
@@ -296,14 +295,12 @@ def test_an_error_of_every_process_is_said_once(runs: Path) -> None:
 
 
 def test_an_error_of_one_process_ends_the_other_without_a_word(runs: Path) -> None:
-    """One picture is broken: the process that draws it stops, the other one waits for it."""
+    """A shard goes bad while nobody looks: who draws from it stops, the other one waits for it."""
     data = build_data(runs.parent / "broken")
-    with tarfile.open(data / SHARD) as tar:
-        picture = next(member for member in tar if member.name.endswith(".jpg"))
-    with (data / SHARD).open("r+b") as file:
-        file.seek(picture.offset_data)
-        file.write(bytes(picture.size))
-    write_manifest(data, "tests/1")
-    extra = [f"data.folder={data}", f"paths.cache={runs.parent}/own", "trainer.steps=8"]
+    verify(data)
+    status = (data / SHARD).stat()
+    (data / SHARD).write_bytes(bytes(status.st_size))
+    os.utime(data / SHARD, ns=(status.st_atime_ns, status.st_mtime_ns))
+    extra = [f"data.folder={data}", "trainer.steps=8"]
     ended = launch(runs, "stage2", *extra)  # draws every picture at least once
-    says_only(ended, f"{picture.name}", printed=True)
+    says_only(ended, f"{Path(SHARD).name} is of another tar", printed=True)

@@ -44,7 +44,19 @@ REFUSED = {
     "model.language.heads=3": "not divisible by model.language.heads=3",
     "model.moe.placement=odd": "model.moe.placement is 'odd'",
     "data.datasets.img_left=0": "must be greater than 0",
-    "data.deal=sharded": "must be one of balanced",
+    "data.deal=some": "must be one of balanced, sharded",
+    "data.compose=all": "must be one of mixed, uniform",
+    "data.combinations={image: 2}": "a combination is like image+text",
+    "data.combinations={image+text: -1}": "must not be negative",
+    "data.shuffle.block=0": "data.shuffle.block is 0",
+    "data.workers=-1": "data.workers is -1",
+    "data.sample_seconds=0": "data.sample_seconds is 0",
+    "data.quarantine_most=2": "must be from 0 to 1",
+    "data.changes=[{step: 0}]": "must be ascending, from 1 on",
+    "data.changes=[{step: 5}, {step: 3}]": "must be ascending, from 1 on",
+    "data.changes=[{step: 5, compose: odd}]": "data.changes[0].compose is 'odd'",
+    "data.changes=[{step: 5, datasets: {img_left: 0}}]": "data.changes[0].datasets.img_left is 0",
+    "data.changes=[{stepp: 5}]": "no such key",
     "model.towers.image.frame_order=random": "must be one of average, ordered",
     "name=a/b": "plain folder name",
     "foo": "Error parsing override",
@@ -66,6 +78,21 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(UserError) as refused:
         compose_recipe("stage3", ["trainer.steps=0", "data.pad_to=0", "model.moe.placement=odd"])
     assert "3 problems" in str(refused.value)
+
+
+def test_uniform_steps_cannot_be_sharded() -> None:
+    for override in ("data.compose=uniform", "data.changes=[{step: 9, compose: uniform}]"):
+        with pytest.raises(UserError, match=r"choose data\.deal=balanced"):
+            compose_recipe("stage3", ["data.deal=sharded", override])
+
+
+def test_changes_and_combinations_are_typed() -> None:
+    changed = "data.changes=[{step: 9, datasets: {img_left: 2}}, {step: 12, temperature: 1}]"
+    data = compose_recipe("stage3", [changed, "data.combinations={image+text: 2}"]).data
+    assert [change.step for change in data.changes] == [9, 12]
+    assert data.changes[0].datasets == {"img_left": 2.0}
+    assert data.changes[0].temperature is None
+    assert data.combinations == {"image+text": 2.0}
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:

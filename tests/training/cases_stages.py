@@ -9,12 +9,15 @@ from typing import Any
 import torch.distributed as dist
 
 from data_pipeline.reading.collate import MicroBatch, collate
+from data_pipeline.reading.reader import SampleReader
 from tests.workspace import build_data, overrides
 from unimoe_mcore.compose import prepare_run
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import RunDirectory, read_lines
+from unimoe_mcore.training.agreement import decided_by_first_rank
+from unimoe_mcore.training.data import reading_job
 from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 
@@ -49,9 +52,7 @@ def opened(recipe: Recipe) -> StageRun:
     """A stage, built and loaded, on this rank."""
     collection = groups.initialise(recipe.parallel, seed=recipe.trainer.seed)
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name, writes=dist.get_rank() == 0)
-    if run.writes:
-        prepare_run(recipe)
-    dist.barrier()
+    decided_by_first_rank(lambda: str(prepare_run(recipe)))
     return StageRun(recipe, run, collection)
 
 
@@ -91,8 +92,12 @@ def skewed(stage: StageRun, step: int) -> list[MicroBatch]:
     Pictures and videos go to rank 0; speech and sounds to the last rank; every rank has two
     micro-batches, of which the second may be empty.
     """
-    reader, module = stage.reader, stage.module
-    samples = [reader.sample(draw.dataset, draw.row) for draw in stage.plan.step(step)]
+    module = stage.module
+    rows = stage.samples.rows(stage.timeline.step(step))
+    reader = SampleReader(
+        reading_job(stage.recipe, stage.samples, stage.tokenizer, module.feature_folders())
+    )
+    samples = [reader.read(int(row)) for row in rows]
     last = module.data_ranks - 1
 
     def rank_of(group: str, index: int) -> int:
@@ -103,7 +108,7 @@ def skewed(stage: StageRun, step: int) -> list[MicroBatch]:
     mine = [s for i, s in enumerate(samples) if rank_of(s.group, i) == module.data_rank]
     half = [s for s in mine if s.group in ("image", "audio")]
     rest = [s for s in mine if s.group not in ("image", "audio")]
-    pad, multiple = stage.tokenizer.pad, stage.reader.packing.multiple
+    pad, multiple = stage.tokenizer.pad, stage.recipe.data.pad_to
     return [collate(half, pad, multiple), collate(rest, pad, multiple)]
 
 
@@ -112,17 +117,15 @@ def few_steps(
 ) -> list[list[float]]:
     """Loss and gradient norm of a few steps that nothing is recorded of."""
     stage = opened(composed(folder, recipe, "name=scratch", *extra))
-    module, reader = stage.module, stage.reader
+    module = stage.module
     log = []
-    for step in range(steps):
-        batches = (
-            skewed(stage, step)
-            if deal == "skewed"
-            else reader.step(stage.plan, step, module.data_rank, module.data_ranks)
-        )
-        result = module.train_step(batches, learning_rate(step, stage.recipe.trainer))
-        total = result.sums.sum(0)
-        log.append([(total[0] / total[1]).item(), result.grad_norm])
+    with stage.pool(stage.samples) as pool:
+        feed = stage.feed(pool)
+        for step in range(steps):
+            batches = skewed(stage, step) if deal == "skewed" else feed.read(step)
+            result = module.train_step(batches, learning_rate(step, stage.recipe.trainer))
+            total = result.sums.sum(0)
+            log.append([(total[0] / total[1]).item(), result.grad_norm])
     dist.barrier()
     groups.destroy(keep_world=True)
     if dist.get_rank() == 0:

@@ -26,6 +26,8 @@ TENSOR = [
     NO_ROUTING,
 ]
 SPEECH = ["stage.expert=speech"]
+UNIFORM, SHARDED = "data.compose=uniform", "data.deal=sharded"
+WORKERS = "data.workers=1"
 
 
 def case(recipe: str, extra: list[str], deal: str = "balanced") -> dict[str, Any]:
@@ -40,6 +42,7 @@ def one(world: World) -> dict[str, Any]:
         "stage2": case("stage2", SPEECH),
         "stage1": case("stage1", []),
         "base": case("base", []),
+        "uniform": case("stage3", [*EP1, UNIFORM]),
     }
     return run_distributed(
         f"{CASES}:layouts", 1, timeout=240, folder=str(world.folder), cases=cases
@@ -64,6 +67,9 @@ def two(world: World) -> dict[str, Any]:
         "stage3 EP=2 skewed": case("stage3", EP2, "skewed"),
         "stage3 PP=2": case("stage3", PIPELINE),
         "stage3 TP=2": case("stage3", TENSOR),
+        "stage3 EP=2 sharded": case("stage3", [*EP2, SHARDED, WORKERS]),
+        "stage3 PP=2 workers": case("stage3", [*PIPELINE, WORKERS]),
+        "uniform EP=2": case("stage3", [*EP2, UNIFORM]),
     }
     ranks = run_distributed(
         f"{CASES}:layouts", 2, timeout=280, folder=str(world.folder), cases=cases
@@ -89,6 +95,9 @@ def two(world: World) -> dict[str, Any]:
         "stage3 EP=2 skewed",
         "stage3 PP=2",
         "stage3 TP=2",
+        "stage3 EP=2 sharded",
+        "stage3 PP=2 workers",
+        "uniform EP=2",
     ],
 )
 def test_a_layout_agrees_with_one_process(

@@ -35,15 +35,13 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         sources: what the run stands on (base, experts, connectors) -> hash.
-        plan: fingerprint of the data plan.
-        datasets: names in the plan, for a message when it differs.
+        plan: position in the data plan (``PlanState.to_json``).
         precision: number format of the run.
     """
 
     step: int
     sources: dict[str, str]
-    plan: str
-    datasets: list[str]
+    plan: dict[str, Any]
     precision: str
 
 

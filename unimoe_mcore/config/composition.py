@@ -48,7 +48,13 @@ def compose_recipe(
     return typed(composed, world_size)
 
 
-OPEN = ("stage.connectors.", "stage.expert_datasets.", "stage.expert_steps.", "data.datasets.")
+OPEN = (
+    "stage.connectors.",
+    "stage.expert_datasets.",
+    "stage.expert_steps.",
+    "data.datasets.",
+    "data.combinations",
+)
 """Groups whose keys the user makes up; elsewhere Hydra wants a ``+`` in front of a new key."""
 
 
@@ -112,6 +118,10 @@ def typed(plain: dict[str, Any], world_size: int | None = None) -> Recipe:
 
 def _type_problems(kind: Any, value: Any, key: str) -> Iterator[str]:
     """Unknown keys and values of another type, down to the leaves."""
+    if type(None) in get_args(kind):  # what may be left out
+        if value is None:
+            return
+        kind = next(each for each in get_args(kind) if each is not type(None))
     if is_dataclass(kind):
         if not isinstance(value, dict):
             yield f"{key or 'the recipe'} is {value!r}, it must be a group of settings"

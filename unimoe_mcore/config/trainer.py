@@ -87,9 +87,12 @@ class PathsConfig:
         data: built data sets.
         cache: features of frozen encoders, token lengths; may be deleted at any time.
         packages: downloaded Debian packages.
+        scratch: a folder on the machine itself, for copies of remote shards; may be deleted at
+            any time.
     """
 
     runs: str = "runs"
     data: str = "data"
     cache: str = "cache"
     packages: str = "cache/packages"
+    scratch: str = "cache/shards"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
 from unimoe_mcore.config.parallel import check_layout
 from unimoe_mcore.config.recipe import Recipe
@@ -11,8 +13,8 @@ from unimoe_mcore.config.stage import KINDS
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
 from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
 
-COMPOSITIONS = ("mixed",)
-DEALINGS = ("balanced",)
+COMPOSITIONS = ("mixed", "uniform")
+DEALINGS = ("balanced", "sharded")
 MISSING = ("refuse", "skip")
 LORA_TARGETS = ("attention", "mlp", "experts")
 WANDB_MODES = ("disabled", "offline", "online")
@@ -159,16 +161,69 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
 
 def _data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
-    for key in ("global_samples", "tokens_per_microbatch", "pad_to"):
+    for key in ("tokens_per_microbatch", "pad_to", "prefetch", "cache_bytes"):
         if getattr(data, key) < 1:
             yield f"data.{key} is {getattr(data, key)}, it must be at least 1"
-    if data.temperature < 0:
-        yield f"data.temperature is {data.temperature}, it must not be negative"
+    for key in ("block", "window"):
+        if getattr(data.shuffle, key) < 1:
+            yield f"data.shuffle.{key} is {getattr(data.shuffle, key)}, it must be at least 1"
+    if data.workers < 0:
+        yield f"data.workers is {data.workers}, it must not be negative"
+    if not data.sample_seconds > 0:
+        yield f"data.sample_seconds is {data.sample_seconds}, it must be greater than 0"
+    if not 0 <= data.quarantine_most <= 1:
+        yield f"data.quarantine_most is {data.quarantine_most}, it must be from 0 to 1"
+    if not data.costs:
+        yield "data.costs is empty, it must be estimate or a file of measured costs"
     if not data.datasets:
         yield "data.datasets is empty, a run needs at least one dataset"
-    for name, factor in data.datasets.items():
-        if not factor > 0:
-            yield f"data.datasets.{name} is {factor}, it must be greater than 0"
+    yield from _mixture("data.", data.global_samples, data.temperature, data.datasets)
+    yield from _combinations("data.", data.combinations)
+    if data.deal == "sharded" and data.compose == "uniform":
+        yield _UNIFORM_SHARDED.format(key="data.compose")
+    yield from _changes(data)
+
+
+_UNIFORM_SHARDED = (
+    "{key}=uniform gives every step one combination, data.deal=sharded would leave all ranks but "
+    "those that own it idle: choose data.deal=balanced"
+)
+
+
+def _mixture(
+    prefix: str, samples: int | None, temperature: float | None, datasets: dict[str, float] | None
+) -> Iterator[str]:
+    if samples is not None and samples < 1:
+        yield f"{prefix}global_samples is {samples}, it must be at least 1"
+    if temperature is not None and not temperature >= 0:
+        yield f"{prefix}temperature is {temperature}, it must not be negative"
+    for name, factor in (datasets or {}).items():
+        if not 0 < factor < math.inf:
+            yield f"{prefix}datasets.{name} is {factor}, it must be greater than 0"
+
+
+def _combinations(prefix: str, combinations: dict[str, float] | None) -> Iterator[str]:
+    for name, factor in (combinations or {}).items():
+        if not 0 <= factor < math.inf:
+            yield f"{prefix}combinations.{name} is {factor}, it must not be negative"
+        if name.split("+")[-1] != "text":
+            yield f"{prefix}combinations names {name!r}; a combination is like image+text"
+
+
+def _changes(data: DataConfig) -> Iterator[str]:
+    steps = [change.step for change in data.changes]
+    if steps != sorted(set(steps)) or any(step < 1 for step in steps):
+        yield f"data.changes has steps {steps}, they must be ascending, from 1 on"
+    for number, change in enumerate(data.changes):
+        prefix = f"data.changes[{number}]."
+        yield from _mixture(prefix, change.global_samples, change.temperature, change.datasets)
+        yield from _combinations(prefix, change.combinations)
+        if change.compose is not None and change.compose not in COMPOSITIONS:
+            yield f"{prefix}compose is {change.compose!r}, not one of {', '.join(COMPOSITIONS)}"
+        if change.compose == "uniform" and data.deal == "sharded":
+            yield _UNIFORM_SHARDED.format(key=f"{prefix}compose")
+        if change.datasets is not None and not change.datasets:
+            yield f"{prefix}datasets is empty, a run needs at least one dataset"
 
 
 def _tower(name: str, tower: TowerConfig) -> Iterator[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data_pipeline.planning.dealing import Ranks
 from data_pipeline.reading.collate import MicroBatch
-from data_pipeline.reading.loader import SampleReader
+from data_pipeline.reading.loader import RowLoader
+from data_pipeline.reading.sample import BrokenSample, Sample
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.evaluation.routing import RoutingRecorder
 from unimoe_mcore.training.module import Judgement, TrainModule
@@ -22,14 +24,24 @@ CHUNK = 192
 
 
 def ask(
-    module: TrainModule, reader: SampleReader, routing: bool, shown: str = ""
+    module: TrainModule,
+    loader: RowLoader,
+    ranks: Ranks,
+    collate: Callable[[Sequence[Sample]], MicroBatch],
+    routing: bool,
+    shown: str = "",
 ) -> list[dict[str, Any]]:
     """Answer every question of a catalogue, teacher-forced; a collective over all ranks.
 
     An answer is exact if every one of its tokens, the end token included, is the likeliest one
     given the right ones before it: then greedy decoding gives exactly that answer.
 
+    Questions that cannot be read are left out, and named on rank 0.
+
     Args:
+        loader: of the questions.
+        ranks: among whom they are dealt.
+        collate: packs the questions of a micro-batch.
         routing: also count which experts each question's tokens go to.
         shown: title of a progress bar, on a terminal; empty for none.
 
@@ -38,26 +50,29 @@ def ask(
         tokens), tokens (number of them), and with ``routing`` ``experts``: for every MoE layer
         the number of this question's tokens that each expert got. Empty on other ranks.
     """
-    places = [
-        (number, row)
-        for number, dataset in enumerate(reader.catalogue.datasets)
-        for row in range(len(dataset.entries))
-    ]
     mine: list[dict[str, Any]] = []
     silent = not (shown and sys.stderr.isatty())
-    starts = range(0, len(places), CHUNK)
+    questions = len(loader.catalogue)
+    starts = range(0, questions, CHUNK)
     for start in tqdm(starts, f"{shown}: questions", disable=silent, leave=False):
-        part = places[start : start + CHUNK]
-        batches = reader.deal(part, module.data_rank, module.data_ranks)
+        part = range(start, min(questions, start + CHUNK))
+        batches = [collate(samples) for samples in loader.read(part, ranks, module.data_rank)]
         with RoutingRecorder(module.chunks, enabled=routing) as recorder:
             judgements = module.judge(batches)
         if module.answers:
             mine += _records(batches, judgements, recorder)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    dist.all_gather_object(gathered, (mine, loader.broken))
     if dist.get_rank() != 0:
         return []
-    return sorted((r for part in gathered for r in part), key=lambda r: (r["dataset"], r["key"]))
+    _name_broken([sample for _, broken in gathered for sample in broken])
+    records = (record for part, _ in gathered for record in part)
+    return sorted(records, key=lambda r: (r["dataset"], r["key"]))
+
+
+def _name_broken(broken: Sequence[BrokenSample]) -> None:
+    for name in sorted({f"{b.shard} {b.key} ({b.kind}): {b.reason}" for b in broken}):
+        print(f"a held-out question is left out: {name}", file=sys.stderr, flush=True)
 
 
 def _records(

@@ -54,6 +54,15 @@ class RunDirectory:
         """The tokenizer of a base stage while it is being trained."""
         return self.path / "tokenizer.json"
 
+    @property
+    def quarantine(self) -> Path:
+        """The samples that were left out, and why."""
+        return self.path / "quarantine.jsonl"
+
+    def in_progress(self, rank: int) -> Path:
+        """Where a rank notes the sample that it decodes."""
+        return self.path / "reading" / f"rank-{rank}"
+
     def evaluation(self, name: str, split: str) -> Path:
         """Record of a split's held-out questions, ``before`` or ``after`` training."""
         return self.path / "evaluation" / f"{name}.{split}.jsonl"
@@ -89,7 +98,8 @@ class RunDirectory:
 
     def forget(self) -> None:
         """Remove what an earlier start under other settings left before its first checkpoint."""
-        for name in ("tokenizer.json", "metrics.jsonl", "events.jsonl", "data.txt"):
+        left = ("tokenizer.json", "metrics.jsonl", "events.jsonl", "data.txt", "quarantine.jsonl")
+        for name in left:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "evaluation", ignore_errors=True)
 

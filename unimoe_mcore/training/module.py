@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import TrainerConfig
 from unimoe_mcore.model.build import build_model
 from unimoe_mcore.model.parts import train_only
+from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.runtime.precision import DTYPES
@@ -145,6 +147,14 @@ class TrainModule:
     def data_ranks(self) -> int:
         """Number of data-parallel ranks."""
         return int(self.groups.dp.size())
+
+    def feature_folders(self) -> dict[str, Path]:
+        """Folders of cached encoder features by modality, of the towers on this rank."""
+        return {m: tower.features.folder for tower in self.towers() for m in tower.modalities}
+
+    def towers(self) -> list[Tower]:
+        """The towers on this rank."""
+        return [tower for chunk in self.chunks for tower in chunk.modality_submodules.values()]
 
     def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Count label tokens, forward and backward, finalise, clip, step.

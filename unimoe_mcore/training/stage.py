@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,19 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
-from data_pipeline.planning.plan import plan_difference
+from data_pipeline.errors import DataError
+from data_pipeline.planning.catalogue import Catalogue
+from data_pipeline.planning.dealer import Dealer
+from data_pipeline.planning.dealing import Ranks
+from data_pipeline.planning.timeline import PlanState, Timeline
+from data_pipeline.reading.collate import MicroBatch, collate
+from data_pipeline.reading.in_progress import left_in_progress
+from data_pipeline.reading.loader import RowLoader, StepLoader, broken_at, step_of
+from data_pipeline.reading.pool import ReaderPool
+from data_pipeline.reading.quarantine import Quarantine
+from data_pipeline.reading.sample import Sample
 from data_pipeline.shards.index import Manifest
-from data_pipeline.shards.integrity import verify
+from data_pipeline.shards.schema import MIXED
 from unimoe_mcore.checkpoints.artefact import TOKENIZER
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.giving import give
@@ -32,7 +43,16 @@ from unimoe_mcore.runtime.precision import choose_precision
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 from unimoe_mcore.training.agreement import decided_by_first_rank
 from unimoe_mcore.training.callbacks import Callback, Checkpoints, Metrics, Progress
-from unimoe_mcore.training.data import held_out_reader, train_tokenizer, training_reader
+from unimoe_mcore.training.costs import costs_of
+from unimoe_mcore.training.data import (
+    held_out_catalogue,
+    open_data,
+    phases,
+    reading_job,
+    train_tokenizer,
+    training_catalogue,
+)
+from unimoe_mcore.training.feed import Feed
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
 
@@ -45,11 +65,12 @@ class StageRun:
         self.directory = run
         self.first_rank = dist.get_rank() == 0
         self.sources: Sources = find_sources(recipe)
-        self.manifest: Manifest = decided_by_first_rank(lambda: verify(Path(recipe.data.folder)))
+        self.manifest: Manifest = open_data(recipe)
         decided_by_first_rank(self._forget_other_data)
         self.tokenizer = self._tokenizer()
-        self.reader, self.plan = training_reader(recipe, self.manifest, self.tokenizer)
-        self.questions = held_out_reader(recipe, self.manifest, self.tokenizer)
+        self.samples = training_catalogue(recipe, self.manifest, self.tokenizer)
+        self.questions = held_out_catalogue(recipe, self.manifest, self.tokenizer)
+        self.costs = decided_by_first_rank(lambda: costs_of(recipe))
         self.precision = decided_by_first_rank(
             lambda: choose_precision(recipe.trainer.precision).value
         )
@@ -62,22 +83,40 @@ class StageRun:
             self.precision,
         )
         self.checkpoints = CheckpointFolder(run.checkpoints, recipe.trainer.keep)
+        self.ranks = Ranks(
+            self.module.data_ranks, lockstep_ranks(recipe), recipe.data.tokens_per_microbatch
+        )
+        decided_by_first_rank(self._quarantine_what_killed)
+        self.quarantine = Quarantine(run.quarantine, writes=self.first_rank)
+        self.timeline = Timeline(self.samples.sources, phases(recipe, self.manifest))
 
     def _forget_other_data(self) -> None:
-        """Start afresh where the data have changed since; refuse if the run has checkpoints.
+        """Start afresh where the data have changed since and nothing was trained on them.
+
+        A run with checkpoints goes on to see whether its plan allows the change.
 
         Raises:
-            UserError: if checkpoints or gifts were made from other data.
+            UserError: if the finished run was made from other data.
         """
         stamp, digest = self.directory.path / "data.txt", self.manifest.digest
         if stamp.is_file() and stamp.read_text(encoding="utf8") != digest:
-            if self.directory.started:
+            if given(self.directory):
                 raise UserError(
                     f"{self.directory.path} was trained on other data than {self.manifest.folder} "
                     f"now holds: give this run another name (name=...) or delete that folder."
                 )
-            self.directory.forget()
+            if not self.directory.started:
+                self.directory.forget()
         write_text(stamp, digest)
+
+    def _quarantine_what_killed(self) -> None:
+        """Put the samples in quarantine at which processes of an earlier start died."""
+        notes = sorted(self.directory.in_progress(0).parent.glob("rank-*"))
+        left = [sample for sample in map(left_in_progress, notes) if sample is not None]
+        quarantine = Quarantine(self.directory.quarantine)
+        quarantine.add([broken_at(step_of(each.task), each.sample) for each in left])
+        for note in notes:
+            note.unlink()
 
     def _tokenizer(self) -> TextTokenizer:
         """The base's tokenizer; a base stage trains its own, once."""
@@ -87,7 +126,7 @@ class StageRun:
 
         def train_once() -> None:
             if not path.is_file():
-                trained = train_tokenizer(self.manifest, self.recipe.model.language.vocabulary)
+                trained = train_tokenizer(self.recipe, self.manifest)
                 write_text(path, trained.serialised())
 
         decided_by_first_rank(train_once)
@@ -106,26 +145,50 @@ class StageRun:
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
         ]
-        module, reader = self.module, self.reader
-        train(
-            trainer,
-            first,
-            lambda step: reader.step(self.plan, step, module.data_rank, module.data_ranks),
-            module.train_step,
-            callbacks,
-        )
+        with self.pool(self.samples, self.directory.in_progress(dist.get_rank())) as pool:
+            feed = self.feed(pool)
+            self._release_encoders(feed.loader.dealer, first)
+            train(trainer, first, feed.read, self.module.train_step, callbacks)
         if trainer.evaluation.after:
             self.evaluate("after")
         if not decided_by_first_rank(lambda: given(self.directory)):
             give(
                 self.directory.gives,
                 self.recipe,
-                module.chunks,
+                self.module.chunks,
                 self.sources,
                 self.manifest.digest,
                 self.tokenizer,
             )
             self.directory.event("done", step=trainer.steps)
+
+    def pool(self, catalogue: Catalogue, note: Path | None = None) -> ReaderPool:
+        """Reads a catalogue's samples, decoded for the towers of this rank."""
+        features = self.module.feature_folders()
+        job = reading_job(self.recipe, catalogue, self.tokenizer, features, note)
+        return ReaderPool(job, self.recipe.data.workers, self.recipe.data.sample_seconds)
+
+    def feed(self, pool: ReaderPool) -> Feed:
+        """This rank's micro-batches of the plan's steps."""
+        data, module = self.recipe.data, self.module
+        dealer = Dealer(self.samples, self.timeline, self.costs, self.ranks, data.deal)
+        loader = StepLoader(
+            dealer,
+            pool,
+            self.quarantine,
+            module.data_rank,
+            self.recipe.trainer.steps,
+            data.prefetch if data.workers else 0,
+        )
+        copies = dist.get_world_size() // module.data_ranks
+        return Feed(loader, self.quarantine, data, copies, self.tokenizer.pad)
+
+    def _release_encoders(self, dealer: Dealer, step: int) -> None:
+        """Keep only those encoders whose media the dealing gives to this rank."""
+        given = "+".join(dealer.combinations_of(self.module.data_rank, step)).split("+")
+        for tower in self.module.towers():
+            if not {*tower.modalities, MIXED} & set(given):
+                tower.features.release()
 
     def _announce(self) -> None:
         total, trained = count_parameters(self.module.chunks[0])
@@ -153,8 +216,7 @@ class StageRun:
         return RunState(
             step=step,
             sources=self.sources.hashes,
-            plan=self.plan.fingerprint(),
-            datasets=[share.name for share in self.plan.datasets],
+            plan=self.timeline.state(step, self.quarantine.state()).to_json(),
             precision=self.precision,
         )
 
@@ -180,32 +242,39 @@ class StageRun:
             return 0
         state = read_state(latest)
         self._check_continues(state, latest)
+        self._take_up_plan(state, latest)
         load_checkpoint(latest, self.module.chunks, self.module.optimizer, state.step)
         self.directory.event("resume", step=state.step)
         if self.first_rank and state.step < self.recipe.trainer.steps:
             print(f"{self.recipe.name}: continues from step {state.step}", flush=True)
         return state.step
 
+    def _take_up_plan(self, state: RunState, folder: Path) -> None:
+        """Go on in the plan where it was left; the number of ranks and the dealing may differ."""
+        try:
+            position = PlanState.from_json(state.plan)
+            mixtures = phases(self.recipe, self.manifest)
+            self.timeline = Timeline(self.samples.sources, mixtures, position)
+            self.quarantine.restore(position.quarantine)
+        except DataError as error:
+            raise UserError(
+                f"{folder}: {error}; or give this run another name (name=...), or delete "
+                f"{folder.parent.parent}."
+            ) from error
+
     def _check_continues(self, state: RunState, folder: Path) -> None:
-        now = self._state(state.step)
         cure = f"give this run another name (name=...) or delete {folder.parent.parent}."
-        for part in sorted({*state.sources, *now.sources}):
-            before, after = state.sources.get(part, ""), now.sources.get(part, "")
+        for part in sorted({*state.sources, *self.sources.hashes}):
+            before, after = state.sources.get(part, ""), self.sources.hashes.get(part, "")
             if before != after:
                 raise UserError(
                     f"{folder} was trained with {part} {before[:12] or 'absent'}, the recipe's is "
                     f"{after[:12] or 'absent'}: {cure}"
                 )
-        if state.plan != now.plan:
-            difference = plan_difference(state.datasets, now.datasets)
-            raise UserError(
-                f"{folder} was trained on another data plan: the recipe now draws {difference}; "
-                + cure
-            )
-        if state.precision != now.precision:
+        if state.precision != self.precision:
             raise UserError(
                 f"{folder} was computed in {state.precision}, this run would go on in "
-                f"{now.precision}: set trainer.precision={state.precision}."
+                f"{self.precision}: set trainer.precision={state.precision}."
             )
 
     def evaluate(self, name: str) -> None:
@@ -221,12 +290,23 @@ class StageRun:
             return
         routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
-        records = ask(self.module, self.questions, routing, shown)
+        with self.pool(self.questions) as pool:
+            loader = RowLoader(self.questions, pool, self.costs)
+            records = ask(self.module, loader, self.ranks, self._collate, routing, shown)
         if self.first_rank:
             write_records(path, records)
             self.directory.event(f"evaluated {name}", **summary(records))
             exact = summary(records)["exact"]
             print(f"{self.recipe.name}: {name} training, {_words(exact)}", flush=True)
+
+    def _collate(self, samples: Sequence[Sample]) -> MicroBatch:
+        return collate(samples, self.tokenizer.pad, self.recipe.data.pad_to)
+
+
+def lockstep_ranks(recipe: Recipe) -> int:
+    """Neighbouring data-parallel ranks that wait for each other in every MoE layer."""
+    parallel = recipe.parallel
+    return max(1, parallel.expert * parallel.expert_tensor // parallel.tensor)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What ``python -m data_pipeline.inspect`` finds out, and how it shows it."""

@@ -1,0 +1,64 @@
+"""Runs inside the processes of ``run_distributed``: runs whose data, plan or ranks change."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.training.cases_stages import composed, opened
+from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.runtime import groups
+from unimoe_mcore.runtime.run_directory import read_lines
+
+
+def run(folder: str, name: str, extra: list[str], stop: int = 0) -> dict[str, Any]:
+    """A stage-1 run, or what is left of it; killed after the checkpoint at ``stop``.
+
+    Returns:
+        Its metrics so far, the sentence with which it was refused, and what is in quarantine.
+    """
+    recipe = composed(folder, "stage1", f"name={name}", "trainer.evaluation.after=false", *extra)
+    refused = ""
+    try:
+        stage = opened(recipe)
+        if stop:
+            save = stage._save
+
+            def save_and_stop(step: int) -> None:
+                save(step)
+                if step == stop:
+                    raise InterruptedError
+
+            stage._save = save_and_stop  # type: ignore[method-assign]
+        stage.run()
+    except InterruptedError:
+        pass
+    except UserError as error:
+        refused = str(error)
+    dist.barrier()
+    groups.destroy(keep_world=True)
+    path = Path(recipe.paths.runs) / name
+    quarantine, metrics = path / "quarantine.jsonl", path / "metrics.jsonl"
+    return {
+        "metrics": read_lines(metrics) if metrics.is_file() else [],
+        "quarantine": read_lines(quarantine) if quarantine.is_file() else [],
+        "refused": refused,
+    }
+
+
+def runs(folder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run after the other; a case with ``copy`` begins with a copy of another run."""
+    found = []
+    for case in cases:
+        arguments = {k: v for k, v in case.items() if k != "copy"}
+        if "copy" in case and dist.get_rank() == 0:
+            place = Path(folder) / "runs"
+            shutil.copytree(place / case["copy"], place / case["name"])
+            config = place / case["name"] / "config.yaml"
+            text = config.read_text(encoding="utf8")
+            config.write_text(text.replace(f"name: {case['copy']}", f"name: {case['name']}"))
+        found.append(run(folder, **arguments))
+    return found
