@@ -59,7 +59,8 @@ def contents_parts(manifest: Manifest, contents: Contents) -> Iterator[Renderabl
     for split in contents.splits():
         yield from _split_table(contents, split)
     for split in contents.splits():
-        yield from _lengths_table(contents, split)
+        if any(group.summary() for group in contents.of_split(split)):
+            yield from _lengths_table(contents, split)
     yield from _remarks(contents)
 
 
@@ -225,12 +226,14 @@ def _encoders_table(phase: Phase) -> Iterator[RenderableType]:
 def _layout_words(layout: Layout) -> str:
     least, mean, most = layout.microbatches
     ranks = f"{layout.ranks:,} data-parallel rank{'s' if layout.ranks > 1 else ''}"
-    number = f"{least}" if least == most else f"{least} to {most} (mean {mean:.2f})"
+    number = f"{most} micro-batch{'es' if most > 1 else ''}"
+    if least < most:
+        number = f"{least} to {number}, {mean:.2f} on average,"
     empty = f", {layout.empty:.1%} of them empty" if layout.empty else ""
     return (
-        f"{ranks}, {layout.deal}, micro-batches of each in a step: {number}{empty}; "
-        f"{layout.tokens:,.0f} tokens in one, {layout.padding:.1%} of the places are padding "
-        f"({layout.steps} steps dealt)."
+        f"Dealt to {ranks}, {layout.deal}: {number} on each in a step, of {layout.tokens:,.0f} "
+        f"tokens{empty}; {layout.padding:.1%} of the places are padding ({layout.steps} steps "
+        "were dealt)."
     )
 
 

@@ -25,7 +25,7 @@ from data_pipeline.reading.sample import BrokenSample, Sample
 from data_pipeline.reading.watch import NOWHERE, Place
 
 _LOOK_EVERY = 0.2  # seconds between looks at what workers are at
-_UNEXPLAINED = 2  # deaths in a row, at no sample, that are one too many
+_UNEXPLAINED = 2  # workers in a row that die before they have read anything: one too many
 
 Outcomes = list[Sample | BrokenSample]
 
@@ -187,7 +187,7 @@ class ReaderPool:
         cause, place = worker.cause_of_death(), worker.place
         if place.position != NOWHERE:
             self._skip(place, "crashed", f"reading it ended the process ({cause})")
-        else:
+        elif not worker.proven:  # else somebody killed it, or memory was short
             self._unexplained += 1
             if self._unexplained >= _UNEXPLAINED:
                 words = worker.last_words().strip() or "it said nothing"

@@ -43,6 +43,7 @@ class WorkerProcess:
     Attributes:
         channel: where its parcels arrive.
         pid: its process.
+        proven: whether it has delivered anything yet.
     """
 
     def __init__(self, tasks: socket.socket, job: int) -> None:
@@ -75,6 +76,7 @@ class WorkerProcess:
             os.close(watch)
             os.close(lifeline)
         self.pid = self._process.pid
+        self.proven = False
 
     @property
     def place(self) -> Place:
@@ -84,9 +86,11 @@ class WorkerProcess:
     def receive(self) -> Parcel | None:
         """The next parcel; blocks until there is one. None: it is dead, and all was received."""
         try:
-            return receive_parcel(self.channel)
+            parcel = receive_parcel(self.channel)
         except ConnectionResetError:
             return None
+        self.proven = self.proven or parcel is not None
+        return parcel
 
     def overdue(self, seconds: float) -> Place | None:
         """What it is at, if it has been decoding one sample for longer than this."""

@@ -214,7 +214,7 @@ def test_the_picture_lies_beside_the_set(folder: Path, capsys: pytest.CaptureFix
     for place, words in ((folder / "x.png", "inside the data set"), (Path("x.jpg"), "in .png")):
         assert main([str(folder), "--picture", str(place)]) == 1
         assert words in capsys.readouterr().err
-    assert main([str(folder), "--picture", "a/b.png"]) == 0
+    assert main([str(folder), "--dataset", "plain", "--picture", "a/b.png"]) == 0
     assert Path("a/b.png").is_file()
     assert files(folder) == before
 
@@ -385,7 +385,7 @@ def test_what_a_run_would_refuse_is_said(world: Path, capsys: pytest.CaptureFixt
     assert main([tiny, *recipe_of(world, "data.tokens_per_microbatch=8")]) == 0
     printed = capsys.readouterr().out
     assert "A run would be refused: the longest sample has 31 tokens, more than" in printed
-    assert "micro-batches of each" not in printed
+    assert "data-parallel rank" not in printed
     late = "data.changes=[{step: 90, temperature: 1.0}]"
     assert main([tiny, *recipe_of(world, late)]) == 0
     assert "change at step 90 comes after the last step" in capsys.readouterr().out
