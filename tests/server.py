@@ -9,6 +9,10 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
+import pytest
+from s3fs import S3FileSystem
+
 
 class Server:
     """Serves ``folder`` from a thread; use it as a context manager.
@@ -39,6 +43,13 @@ class Server:
         self.stopped.set()
         self._http.shutdown()
         self._http.server_close()
+
+    def answers_s3(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let ``s3://bucket/`` be this server's folder ``bucket``."""
+        monkeypatch.setenv("AWS_ENDPOINT_URL", self.url)
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
+        # fsspec keeps what it once opened, and with it the address of an earlier test's server.
+        S3FileSystem.clear_instance_cache()
 
 
 class _QuietServer(ThreadingHTTPServer):

@@ -24,9 +24,14 @@ _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 def mixed(x: Numbers) -> Numbers:
     """Spread every bit over all 64 (the finaliser of SplitMix64; Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX1
-    x = (x ^ (x >> np.uint64(27))) * _MIX2
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))  # a new array; what follows needs only one more
+    x *= _MIX1
+    shifted = x >> np.uint64(27)
+    x ^= shifted
+    x *= _MIX2
+    np.right_shift(x, np.uint64(31), out=shifted)
+    x ^= shifted
+    return x
 
 
 def key_of(*facts: object) -> np.uint64:
@@ -50,16 +55,11 @@ def permute(index: Numbers, size: Numbers, key: Numbers, inverse: bool = False) 
         inverse: go the other way.
     """
     left_bits, right_bits = _halves(size)
-    rounds = [mixed(key + salt) for salt in _ROUND_SALTS]
-    walked = _network(index, left_bits, right_bits, rounds, inverse)
+    walked = _network(index, left_bits, right_bits, key, inverse)
     outside = np.flatnonzero(walked >= size)
     while len(outside):
         again = _network(
-            walked[outside],
-            left_bits[outside],
-            right_bits[outside],
-            [key[outside] for key in rounds],
-            inverse,
+            walked[outside], left_bits[outside], right_bits[outside], key[outside], inverse
         )
         walked[outside] = again
         outside = outside[again >= size[outside]]
@@ -75,18 +75,20 @@ def _halves(size: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def _network(
-    x: Numbers, left_bits: Numbers, right_bits: Numbers, rounds: list[Numbers], inverse: bool
+    x: Numbers, left_bits: Numbers, right_bits: Numbers, key: Numbers, inverse: bool
 ) -> Numbers:
     one = np.uint64(1)
     left_mask, right_mask = (one << left_bits) - one, (one << right_bits) - one
     left, right = x >> right_bits, x & right_mask
     order = range(ROUNDS - 1, -1, -1) if inverse else range(ROUNDS)
     for number in order:
-        # Halves take turns: each round changes one by the other, so it can be undone.
+        # Halves take turns: each round changes one by the other, so it can be undone. The rounds'
+        # functions are one generator's, SplitMix64's, each a step further from its seed, the key.
+        step = key + _ROUND_SALTS[number]
         if number % 2 == 0:
-            left = (left ^ mixed(right + rounds[number])) & left_mask
+            left = (left ^ mixed(right + step)) & left_mask
         else:
-            right = (right ^ mixed(left + rounds[number])) & right_mask
+            right = (right ^ mixed(left + step)) & right_mask
     return (left << right_bits) | right
 
 

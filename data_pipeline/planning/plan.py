@@ -17,7 +17,7 @@ from data_pipeline.planning.permutation import EpochOrder, Shuffle
 ORDER = 1
 """Version of the rules that make an order of a description; part of every fingerprint."""
 
-_AT_ONCE = 4096
+_AT_ONCE = 16_384
 """Samples: smaller steps are planned together, since fewer at once would take as long."""
 
 

@@ -42,8 +42,7 @@ def _memory_copy(folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["http", "http to the manifest", "file", "memory", "s3"])
 def test_a_set_elsewhere_is_the_set(kind, published, server, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
+    server.answers_s3(monkeypatch)
     place = {
         "http": lambda: address(server) + "/",
         "http to the manifest": lambda: f"{address(server)}/{MANIFEST_NAME}",

@@ -11,7 +11,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
@@ -89,8 +88,7 @@ def test_a_set_elsewhere_gives_the_same_samples(
 ) -> None:
     with Server(tmp_path / "served") as server:
         shutil.copytree(manifest.folder, server.folder / "bucket" / "set")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
+        server.answers_s3(monkeypatch)
         place = {
             "http": f"{server.url}/bucket/set",
             "s3": "s3://bucket/set",
