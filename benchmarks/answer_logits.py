@@ -22,6 +22,7 @@ from unimoe_mcore.model.unimoe import UniMoEModel  # noqa: E402
 from unimoe_mcore.runtime import groups  # noqa: E402
 from unimoe_mcore.runtime.run_directory import RunDirectory  # noqa: E402
 from unimoe_mcore.training.stage import StageRun  # noqa: E402
+from unimoe_mcore.training.step import train_step  # noqa: E402
 
 
 def everywhere(self: UniMoEModel, batch: MicroBatch) -> torch.Tensor:
@@ -37,7 +38,7 @@ def main() -> None:
 
     def step(places: object) -> None:
         UniMoEModel.answer_places = places  # type: ignore[method-assign, assignment]
-        stage.module.train_step(batches, 1e-4)
+        train_step(stage.module, batches, 1e-4)
 
     row = compare(
         f"stage 1, {batches[0].tokens} tokens, {batches[0].label_tokens} of them answers",

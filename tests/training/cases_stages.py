@@ -20,6 +20,7 @@ from unimoe_mcore.training.agreement import decided_by_first_rank
 from unimoe_mcore.training.data import reading_job
 from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
+from unimoe_mcore.training.step import train_step
 
 SCHEDULE = (
     ("base",),
@@ -123,7 +124,7 @@ def few_steps(
         feed = stage.feed(pool)
         for step in range(steps):
             batches = skewed(stage, step) if deal == "skewed" else feed.read(step)
-            result = module.train_step(batches, learning_rate(step, stage.recipe.trainer))
+            result = train_step(module, batches, learning_rate(step, stage.recipe.trainer))
             total = result.sums.sum(0)
             log.append([(total[0] / total[1]).item(), result.grad_norm])
     dist.barrier()

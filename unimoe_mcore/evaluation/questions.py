@@ -17,7 +17,8 @@ from data_pipeline.reading.loader import RowLoader
 from data_pipeline.reading.sample import BrokenSample, Sample
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.evaluation.routing import RoutingRecorder
-from unimoe_mcore.training.module import Judgement, TrainModule
+from unimoe_mcore.training.judging import Judgement, judge
+from unimoe_mcore.training.module import TrainModule
 
 CHUNK = 192
 """Questions that are dealt to the ranks at a time."""
@@ -58,7 +59,7 @@ def ask(
         part = range(start, min(questions, start + CHUNK))
         batches = [collate(samples) for samples in loader.read(part, ranks, module.data_rank)]
         with RoutingRecorder(module.chunks, enabled=routing) as recorder:
-            judgements = module.judge(batches)
+            judgements = judge(module, batches)
         if module.answers:
             mine += _records(batches, judgements, recorder)
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from data_pipeline.reading.collate import MicroBatch
 from unimoe_mcore.config.trainer import TrainerConfig
 from unimoe_mcore.training.callbacks import Callback, StepRecord
-from unimoe_mcore.training.module import StepResult
 from unimoe_mcore.training.report import mean_losses
 from unimoe_mcore.training.schedule import learning_rate
+from unimoe_mcore.training.step import StepResult
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from unimoe_mcore.training.data import (
 from unimoe_mcore.training.feed import Feed
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
+from unimoe_mcore.training.step import train_step
 
 
 class StageRun:
@@ -148,7 +150,7 @@ class StageRun:
         with self.pool(self.samples, self.directory.in_progress(dist.get_rank())) as pool:
             feed = self.feed(pool)
             self._release_encoders(feed.loader.dealer, first)
-            train(trainer, first, feed.read, self.module.train_step, callbacks)
+            train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
         if trainer.evaluation.after:
             self.evaluate("after")
         if not decided_by_first_rank(lambda: given(self.directory)):

@@ -1,0 +1,115 @@
+"""One optimizer step, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from data_pipeline.reading.collate import GROUPS, MicroBatch
+from unimoe_mcore.runtime.devices import device
+from unimoe_mcore.training.optimizer import set_rates
+from unimoe_mcore.training.report import grouped_sums
+
+if TYPE_CHECKING:
+    from unimoe_mcore.training.module import TrainModule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        sums: loss sum and label tokens per group of samples, ``[groups, 2]`` fp64.
+        grad_norm: of all trained parameters before clipping.
+        label_tokens: of the global batch.
+        tokens: of the global batch, without padding.
+        samples: of the global batch.
+    """
+
+    sums: Tensor
+    grad_norm: float
+    label_tokens: int
+    tokens: int
+    samples: int
+
+
+def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    """Count label tokens, forward and backward, finalise, clip, check, step.
+
+    The loss is the sum over all label tokens of the global batch, divided by their number,
+    however the samples were dealt.
+
+    Args:
+        batches: this rank's micro-batches; every rank has equally many.
+        lr: learning rate of this step.
+    """
+    label_tokens, tokens, samples = _global_counts(module, batches)
+    module.begin_step()
+    sums = _forward_backward(module, batches)
+    set_rates(module.optimizer, module.recipe.trainer, lr)
+    _, grad_norm, _ = module.optimizer.step()
+    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
+
+
+def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
+    """Label tokens, tokens and samples of the global batch."""
+    mine = [[b.label_tokens, b.tokens, len(b.samples)] for b in batches]
+    counts = torch.tensor(mine, dtype=torch.int64, device=device()).sum(0)
+    dist.all_reduce(counts, group=module.groups.dp)
+    label_tokens, tokens, samples = (int(n) for n in counts)
+    if not label_tokens:
+        raise RuntimeError("a step without a single label token has no loss")
+    return label_tokens, tokens, samples
+
+
+def _forward_backward(module: TrainModule, batches: Sequence[MicroBatch]) -> Tensor:
+    """Megatron's schedule over all micro-batches; grouped sums over all ranks."""
+    reports = run_schedule(module, batches, _forward, forward_only=False)
+    sums = torch.zeros(len(GROUPS), 2, dtype=torch.float64, device=device())
+    for report in reports:
+        sums += report["sums"]
+    dist.all_reduce(sums, group=module.groups.dp)
+    return module.from_last_stage(sums)
+
+
+def run_schedule(
+    module: TrainModule, batches: Sequence[MicroBatch], forward: Any, **options: Any
+) -> list[Any]:
+    """Megatron's schedule for this layout over all micro-batches.
+
+    Args:
+        forward: Megatron's forward step: ``(iterator, model) -> (output, loss function)``.
+        options: of the schedule.
+
+    Returns:
+        What the loss function reported for every micro-batch; empty but on the last stage.
+    """
+    iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in module.wrapped]
+    reports: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=module.wrapped if len(module.wrapped) > 1 else module.wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].input_ids.shape[1],
+        micro_batch_size=1,
+        **options,
+    )
+    return reports
+
+
+def _forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    batch = next(iterator).to(device())
+    return model(batch), partial(_loss, batch)
+
+
+def _loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    total = (losses.float() * batch.loss_mask).sum()
+    count = batch.loss_mask.sum().int()
+    return total, count, {"sums": grouped_sums(losses, batch)}
