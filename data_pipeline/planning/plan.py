@@ -14,7 +14,7 @@ import numpy as np
 from data_pipeline.planning.mixture import Schedule, temperature_weights
 from data_pipeline.planning.permutation import EpochOrder, Shuffle
 
-ORDER = 1
+ORDER = 2
 """Version of the rules that make an order of a description; part of every fingerprint."""
 
 _AT_ONCE = 16_384

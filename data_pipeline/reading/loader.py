@@ -142,16 +142,20 @@ class RowLoader:
         catalogue: of the rows.
         pool: reads; in the same catalogue.
         costs: what dealing goes by.
+        left_out: samples that ended an earlier process; they are not read.
 
     Attributes:
         broken: samples of this rank that could not be read so far.
     """
 
-    def __init__(self, catalogue: Catalogue, pool: ReaderPool, costs: CostModel) -> None:
+    def __init__(
+        self, catalogue: Catalogue, pool: ReaderPool, costs: CostModel, left_out: Quarantine
+    ) -> None:
         self.catalogue = catalogue
         self.broken: list[BrokenSample] = []
         self._pool = pool
         self._costs = costs
+        self._left_out = left_out
         self._task = 0
 
     def read(self, rows: Sequence[int], ranks: Ranks, rank: int) -> list[list[Sample]]:
@@ -160,7 +164,7 @@ class RowLoader:
         Raises:
             DataError: a shard cannot be read.
         """
-        places = np.asarray(rows, dtype=np.int64)
+        places = np.array([row for row in rows if not self._is_left_out(row)], dtype=np.int64)
         dealt: Dealt = deal_balanced(step_work(self.catalogue, places, self._costs), ranks)
         microbatches = []
         for micro in dealt.of(rank):
@@ -170,3 +174,9 @@ class RowLoader:
             self.broken += [s for s in read if isinstance(s, BrokenSample)]
             microbatches.append([s for s in read if isinstance(s, Sample)])
         return microbatches
+
+    def _is_left_out(self, row: int) -> bool:
+        if not len(self._left_out):
+            return False
+        shard, sample = self.catalogue.entry(row)
+        return self._left_out.holds(shard.dataset, sample.key, 0)

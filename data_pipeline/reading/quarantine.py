@@ -44,7 +44,8 @@ class Quarantine:
 
     Args:
         path: the file; need not exist. A last line that a kill cut off is dropped.
-        writes: whether this process writes it.
+        writes: whether this process reads and writes it; others are told (``restore``), since a
+            file on a network may look different from another machine.
 
     Attributes:
         path: the file.
@@ -59,10 +60,16 @@ class Quarantine:
         self.entries: list[Broken] = []
         self._writes = writes
         self._since: dict[tuple[str, str], int] = {}
-        self._keep(_load(path, repair=writes))
+        if writes:
+            self._keep(_load(path))
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def until(self, step: int) -> list[Broken]:
+        """The samples that a step goes without, each once; not what later steps found."""
+        found = {(e.dataset, e.key): e for e in self.entries if e.step <= step}
+        return list(found.values())
 
     def holds(self, dataset: str, key: str, step: int) -> bool:
         """Whether a step must go without a sample."""
@@ -127,7 +134,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _load(path: Path, repair: bool) -> list[Broken]:
+def _load(path: Path) -> list[Broken]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -135,7 +142,7 @@ def _load(path: Path, repair: bool) -> list[Broken]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     whole, newline, torn = text.rpartition(b"\n")
-    if torn and repair:
+    if torn:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_bytes(whole + newline)
         partial.replace(path)

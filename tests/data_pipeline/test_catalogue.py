@@ -19,6 +19,7 @@ from benchmarks.synthetic import write_catalogue
 from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.planning import catalogue as catalogue_module
 from data_pipeline.planning.catalogue import Catalogue, open_catalogue
 from data_pipeline.planning.plan import GlobalPlan, Mixture
 from data_pipeline.reading.medium import MODALITIES
@@ -71,9 +72,11 @@ Opener = Callable[..., Catalogue]
 
 @pytest.fixture
 def opened(folder: Path, tmp_path: Path, tokenizer: TextTokenizer) -> Opener:
-    def open_again(rule: Rule = Rule(), names: list[str] = EVERY) -> Catalogue:
+    def open_again(
+        rule: Rule = Rule(), names: list[str] = EVERY, texts: TextTokenizer = tokenizer
+    ) -> Catalogue:
         manifest = load_manifest(folder)
-        return open_catalogue(manifest, "train", names, tokenizer, rule, tmp_path / "cache")
+        return open_catalogue(manifest, "train", names, texts, rule, tmp_path / "cache")
 
     return open_again
 
@@ -112,6 +115,21 @@ def test_it_is_what_counting_every_sample_gives(opened: Opener, tokenizer: TextT
         "twins",
         "vid_dir",
     ]
+
+
+def test_lengths_are_those_of_the_tokenizer_and_template_that_ask(
+    opened: Opener, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one cache: what one tokenizer counted must not be taken for another's."""
+    other = TextTokenizer.train(["unrelated words of some other text"] * 20, 270)
+    first = opened()
+    assert_counted(opened(texts=other), other, Rule())
+    assert first.tokens.tolist() == opened().tokens.tolist()
+    assert first.tokens.tolist() != opened(texts=other).tokens.tolist()
+    monkeypatch.setattr(catalogue_module, "TEMPLATE", "another")
+    asked: list[object] = []
+    monkeypatch.setattr(catalogue_module, "text_tokens", lambda *a: asked.append(a) or 7)
+    assert len(opened()) == len(asked)
 
 
 def test_rows_of_a_plan(opened: Opener) -> None:

@@ -158,3 +158,14 @@ def test_nothing_grows_with_the_size(size: int) -> None:
     assert epoch.tolist() == [0, 0, 1, 5]
     assert ((row >= 0) & (row < size)).all()
     assert most < 64 * 1024
+
+
+def test_the_order_is_the_one_that_saved_runs_have() -> None:
+    """Where this changes, runs under way would go on in another order: raise ``plan.ORDER``."""
+    order = EpochOrder([100, 10**9], ["a", "b"], 3, Shuffle(4, 8))
+    cursor = [*range(10), 100, 101, 0, 1, 10**9 - 1, 10**9, 10**12, 5]
+    row, _ = order.samples(np.array([0] * 12 + [1] * 6), np.array(cursor))
+    assert row.tolist() == [
+        94, 6, 59, 44, 56, 9, 51, 11, 91, 93, 80, 29,
+        684250428, 951766095, 958204694, 632379032, 393289251, 951766094,
+    ]  # fmt: skip

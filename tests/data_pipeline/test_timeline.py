@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.planning.permutation import Shuffle
-from data_pipeline.planning.plan import Mixture, Source
+from data_pipeline.planning.plan import ORDER, Mixture, Source, fingerprint_of
 from data_pipeline.planning.timeline import PlanState, Timeline
 from tests.data_pipeline.plans import (
     compositions,
@@ -37,6 +38,12 @@ def drawn(timeline: Timeline, steps: range) -> list[Step]:
 
 def resumed(state: PlanState, phases: dict[int, Mixture], sizes: list[int] = SIZES) -> Timeline:
     return Timeline(sources_of(sizes), phases, through_json(state))
+
+
+def with_order(state: PlanState, order: int) -> PlanState:
+    """A state that a version with other rules has written."""
+    description = {**state.description, "order": order}
+    return replace(state, description=description, fingerprint=fingerprint_of(description))
 
 
 mixtures = st.builds(
@@ -195,6 +202,9 @@ def test_an_epoch_under_way_keeps_its_order(changes: dict[str, Any], words: str)
             resumed(state, phases)
     with pytest.raises(DataError, match=r"hold for a whole run"):
         Timeline(sources_of(SIZES), {0: first, 6: other})
+    older = with_order(Timeline(sources_of(SIZES), {0: first}).state(6), ORDER - 1)
+    with pytest.raises(DataError, match=f"rules of the order were version {ORDER - 1}, now"):
+        resumed(older, {0: first})
     # Nothing was drawn yet: nothing can come twice.
     begun = Timeline(sources_of(SIZES), {0: first}).state(0)
     assert resumed(begun, {0: other}).state(1) == Timeline(sources_of(SIZES), {0: other}).state(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,25 @@ from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
 
 
-def run(folder: str, name: str, extra: list[str], stop: int = 0) -> dict[str, Any]:
+def run(
+    folder: str, name: str, extra: list[str], stop: int = 0, notes: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A stage-1 run, or what is left of it; killed after the checkpoint at ``stop``.
+
+    Args:
+        notes: name -> task, dataset, shard, key: what an earlier process left that died there.
 
     Returns:
         Its metrics so far, the sentence with which it was refused, and what is in quarantine.
     """
     recipe = composed(folder, "stage1", f"name={name}", "trainer.evaluation.after=false", *extra)
     refused = ""
+    path = Path(recipe.paths.runs) / name
+    if int(os.environ["RANK"]) == 0:
+        for note, sample in (notes or {}).items():
+            (path / "reading").mkdir(exist_ok=True)
+            text = json.dumps(sample).encode().ljust(4096, b"\n")
+            (path / "reading" / note).write_bytes(text + b"Fatal Python error: Aborted\n")
     try:
         stage = opened(recipe)
         if stop:
@@ -40,9 +53,10 @@ def run(folder: str, name: str, extra: list[str], stop: int = 0) -> dict[str, An
         refused = str(error)
     dist.barrier()
     groups.destroy(keep_world=True)
-    path = Path(recipe.paths.runs) / name
     quarantine, metrics = path / "quarantine.jsonl", path / "metrics.jsonl"
+    answers = path / "evaluation" / "after.test.jsonl"
     return {
+        "asked": sorted(line["key"] for line in read_lines(answers)) if answers.is_file() else [],
         "metrics": read_lines(metrics) if metrics.is_file() else [],
         "quarantine": read_lines(quarantine) if quarantine.is_file() else [],
         "refused": refused,

@@ -15,6 +15,7 @@ from data_pipeline.shards.integrity import write_manifest
 from data_pipeline.shards.schema import parse_sample
 from data_pipeline.shards.writer import ShardWriter
 from tests.conftest import World
+from tests.data_pipeline.shard_samples import foreign, members_of
 from tests.distributed import run_distributed
 from tests.workspace import branch, build_data
 
@@ -50,6 +51,11 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     damaged(one, "img_group", lambda number, data: b"no picture" if number == 5 else data)
     many = build_data(folder / "many")
     damaged(many, "img_group", lambda _, data: data[: len(data) // 2])
+    mixed = build_data(folder / "mixed")
+    kinds = [("image",), (), ("speech", "image"), (), ("video",)]
+    members = [m for n, kind in enumerate(kinds) for m in members_of(f"m{n}", kind)]
+    foreign(mixed / "train" / "d" / "0.tar", members)
+    write_manifest(mixed, "tests/1")
     return folder
 
 
@@ -65,6 +71,12 @@ CHANGE = "data.changes=[{step: 4, datasets: {img_group: 1.0, img_left: 3.0}}]"
 def two(place: Path) -> dict[str, Any]:
     """Runs of two processes, in one launch."""
     one, many = f"data.folder={place}/one", f"data.folder={place}/many"
+    mixed = (f"data.folder={place}/mixed", "data.datasets.d=2.0")
+    notes = {
+        "rank-0": [5_000_001, "img_group", "img_group-00000.tar", "img_group-0003"],
+        "rank-1": [5_000_000, "twins", "twins-00000.tar", "twins-0004"],
+        "questions-1": [3, "spk_digit", "spk_digit-00000.tar", "spk_digit-0002"],
+    }
     cases = [
         case("broken", one),
         case("broken-workers", one, "data.workers=2"),
@@ -79,10 +91,16 @@ def two(place: Path) -> dict[str, Any]:
         case("content-declared", one, "data.changes=[{step: 4}]", copy="half"),
         case("dealt", "data.deal=sharded", copy="half"),
         case("change-from-start", CHANGE),
+        case("died", "trainer.evaluation.after=true", copy="half", notes=notes),
+        case("mixed", *mixed),
+        case("mixed-sharded", *mixed, "data.deal=sharded"),
+        case("mixed-uniform", *mixed, "data.compose=uniform"),
+        case("too-many", many, "data.quarantine_most=0"),
     ]
     ranks = run_distributed(f"{CASES}:runs", 2, timeout=280, folder=str(place), cases=cases)
     assert ranks[0] == ranks[1]
     names = [f"{c['name']}{' stopped' if c.get('stop') else ''}" for c in cases]
+    names[-1] += " again"
     return dict(zip(names, ranks[0], strict=True))
 
 
@@ -120,8 +138,31 @@ def test_too_many_broken_samples_stop_the_run_with_the_list(two: dict[str, Any])
     run = two["too-many"]
     assert "more than data.quarantine_most=0 allows" in run["refused"]
     assert "quarantine.jsonl" in run["refused"]
-    assert "img_group-0003 (broken)" in run["refused"]
+    assert f"{run['quarantine'][-1]['key']} (broken)" in run["refused"]
     assert len(run["quarantine"]) > 8
+    # Nor does it get past that by being started again.
+    again = two["too-many again"]
+    assert again["refused"] == run["refused"]
+    assert again["quarantine"] == run["quarantine"]
+
+
+def test_a_sample_that_ended_a_process_is_left_out_by_the_next(two: dict[str, Any]) -> None:
+    run = two["died"]
+    assert len(losses(run)) == 8
+    found = [(line["step"], line["key"], line["kind"]) for line in run["quarantine"]]
+    assert found == [(5, "img_group-0003", "crashed"), (5, "twins-0004", "crashed")]
+    assert "Fatal Python error: Aborted" in run["quarantine"][0]["reason"]
+    assert "spk_digit-0002" not in run["asked"]
+    assert {"spk_digit-0001", "spk_digit-0003", "img_group-0003"} <= set(run["asked"])
+
+
+def test_a_shard_of_several_combinations_is_served_as_it_is_or_refused(two: dict[str, Any]) -> None:
+    assert len(losses(two["mixed"])) == 8
+    assert {"loss/speech", "loss/video"} <= set(two["mixed"]["metrics"][0])
+    for name in ("mixed-sharded", "mixed-uniform"):
+        words = two[name]["refused"]
+        assert "d: shards with several combinations can only be drawn with" in words
+        assert "--rewrite" in words
 
 
 def test_another_number_of_ranks_goes_on(two: dict[str, Any], single: dict[str, Any]) -> None:

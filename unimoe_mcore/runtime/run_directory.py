@@ -59,9 +59,15 @@ class RunDirectory:
         """The samples that were left out, and why."""
         return self.path / "quarantine.jsonl"
 
-    def in_progress(self, rank: int) -> Path:
-        """Where a rank notes the sample that it decodes."""
-        return self.path / "reading" / f"rank-{rank}"
+    @property
+    def left_out(self) -> Path:
+        """The held-out questions that ended a process, and are not asked any more."""
+        return self.path / "evaluation" / "left-out.jsonl"
+
+    @property
+    def notes(self) -> Path:
+        """Where every rank notes the sample that it decodes."""
+        return self.path / "reading"
 
     def evaluation(self, name: str, split: str) -> Path:
         """Record of a split's held-out questions, ``before`` or ``after`` training."""

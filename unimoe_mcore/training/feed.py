@@ -67,16 +67,20 @@ class Feed:
                 f"step {read.step + 1}: the ranks took {places} places of {expected}; they do not "
                 "deal alike"
             )
-        if not broken:
-            return
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, read.broken)
-        self.quarantine.add(_different(gathered))
-        self._refuse_too_many(read.step, sum(plan.cursors(read.step + 1).values()))
+        if broken:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, read.broken)
+            self.quarantine.add(_different(gathered))
+        # Also where nothing is new: a run that was stopped for this must not get past it by being
+        # started again.
+        self._refuse_too_many(read.step)
 
-    def _refuse_too_many(self, step: int, drawn: int) -> None:
-        entries = self.quarantine.entries
-        if len(entries) <= max(ALWAYS_ALLOWED, self._data.quarantine_most * drawn):
+    def _refuse_too_many(self, step: int) -> None:
+        entries = self.quarantine.until(step)
+        if len(entries) <= ALWAYS_ALLOWED:
+            return
+        drawn = sum(self.loader.dealer.timeline.at(step).cursors(step + 1).values())
+        if len(entries) <= self._data.quarantine_most * drawn:
             return
         listed = "".join(f"\n  - {e.shard} {e.key} ({e.kind}): {e.reason}" for e in entries[-20:])
         raise UserError(

@@ -58,6 +58,9 @@ from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.step import train_step
 
+QUESTIONS = "questions-"
+"""How the names of notes begin that are left while held-out questions are read."""
+
 
 class StageRun:
     """A stage on this rank. Everything that can be refused is refused before the first step."""
@@ -90,6 +93,8 @@ class StageRun:
         )
         decided_by_first_rank(self._quarantine_what_killed)
         self.quarantine = Quarantine(run.quarantine, writes=self.first_rank)
+        known = decided_by_first_rank(self.quarantine.state)
+        self.quarantine.restore(known)
         self.timeline = Timeline(self.samples.sources, phases(recipe, self.manifest))
 
     def _forget_other_data(self) -> None:
@@ -113,11 +118,13 @@ class StageRun:
 
     def _quarantine_what_killed(self) -> None:
         """Put the samples in quarantine at which processes of an earlier start died."""
-        notes = sorted(self.directory.in_progress(0).parent.glob("rank-*"))
-        left = [sample for sample in map(left_in_progress, notes) if sample is not None]
-        quarantine = Quarantine(self.directory.quarantine)
-        quarantine.add([broken_at(step_of(each.task), each.sample) for each in left])
-        for note in notes:
+        for note in sorted(self.directory.notes.glob("*")):
+            left = left_in_progress(note)
+            if left is not None and note.name.startswith(QUESTIONS):
+                Quarantine(self.directory.left_out).add([broken_at(0, left.sample)])
+            elif left is not None:
+                found = broken_at(step_of(left.task), left.sample)
+                Quarantine(self.directory.quarantine).add([found])
             note.unlink()
 
     def _tokenizer(self) -> TextTokenizer:
@@ -147,7 +154,7 @@ class StageRun:
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
         ]
-        with self.pool(self.samples, self.directory.in_progress(dist.get_rank())) as pool:
+        with self.pool(self.samples, self.directory.notes / f"rank-{dist.get_rank()}") as pool:
             feed = self.feed(pool)
             self._release_encoders(feed.loader.dealer, first)
             train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
@@ -292,14 +299,21 @@ class StageRun:
             return
         routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
-        with self.pool(self.questions) as pool:
-            loader = RowLoader(self.questions, pool, self.costs)
+        note = self.directory.notes / f"{QUESTIONS}{dist.get_rank()}"
+        with self.pool(self.questions, note) as pool:
+            loader = RowLoader(self.questions, pool, self.costs, self._left_out())
             records = ask(self.module, loader, self.ranks, self._collate, routing, shown)
         if self.first_rank:
             write_records(path, records)
             self.directory.event(f"evaluated {name}", **summary(records))
             exact = summary(records)["exact"]
             print(f"{self.recipe.name}: {name} training, {_words(exact)}", flush=True)
+
+    def _left_out(self) -> Quarantine:
+        """Held-out questions at which processes of an earlier start died."""
+        left_out = Quarantine(self.directory.left_out, writes=self.first_rank)
+        left_out.restore(decided_by_first_rank(left_out.state))
+        return left_out
 
     def _collate(self, samples: Sequence[Sample]) -> MicroBatch:
         return collate(samples, self.tokenizer.pad, self.recipe.data.pad_to)
