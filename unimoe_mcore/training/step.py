@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class StepResult:
         label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
+        routing: ``router/...`` metrics, if this step records them.
     """
 
     sums: Tensor
@@ -38,9 +39,12 @@ class StepResult:
     label_tokens: int
     tokens: int
     samples: int
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
-def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+def train_step(
+    module: TrainModule, batches: Sequence[MicroBatch], lr: float, step: int = 0
+) -> StepResult:
     """Count label tokens, forward and backward, finalise, clip, check, step.
 
     The loss is the sum over all label tokens of the global batch, divided by their number,
@@ -49,13 +53,16 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) ->
     Args:
         batches: this rank's micro-batches; every rank has equally many.
         lr: learning rate of this step.
+        step: number of this step, from 0.
     """
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
+    module.routers.begin(step, batches, label_tokens, tokens, samples)
     sums = _forward_backward(module, batches)
     set_rates(module.optimizer, module.recipe.trainer, lr)
     _, grad_norm, _ = module.optimizer.step()
-    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
+    routing = module.routers.end()
+    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples, routing)
 
 
 def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
