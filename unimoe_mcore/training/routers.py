@@ -80,7 +80,7 @@ class Routers:
             label_tokens=label_tokens,
             tokens=tokens,
             samples=samples,
-            row=max(1, *(len(batch.samples) for batch in batches)),
+            row=max([1, *(len(batch.samples) for batch in batches)]),
             record=self._every > 0 and (step + 1) % self._every == 0,
         )
         for router in self.routers.values():

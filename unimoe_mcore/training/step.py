@@ -16,6 +16,7 @@ from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
+from unimoe_mcore.training.warmup import hold_experts
 
 if TYPE_CHECKING:
     from unimoe_mcore.training.module import TrainModule
@@ -60,6 +61,7 @@ def train_step(
     module.routers.begin(step, batches, label_tokens, tokens, samples)
     sums = _forward_backward(module, batches)
     set_rates(module.optimizer, module.recipe.trainer, lr)
+    hold_experts(module.recipe, module.wrapped, module.optimizer, step)
     _, grad_norm, _ = module.optimizer.step()
     routing = module.routers.end()
     return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples, routing)
