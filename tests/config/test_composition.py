@@ -43,6 +43,18 @@ REFUSED = {
     "parallel.tensor=2": "sequence_parallel=true",
     "model.language.heads=3": "not divisible by model.language.heads=3",
     "model.moe.placement=odd": "model.moe.placement is 'odd'",
+    "model.moe.score=tanh": "must be one of softmax, pre_softmax, sigmoid",
+    "model.moe.balance=even": "must be one of none, official, sequence, global",
+    "model.moe.balance=bias": "for model.moe.score=sigmoid only, not softmax",
+    "model.moe.balance_coefficient=-1": "model.moe.balance_coefficient is -1.0",
+    "model.moe.balance_final=0.1": "needs the step at which it is reached",
+    "model.moe.z_loss=-1": "model.moe.z_loss is -1.0, it must not be negative",
+    "model.moe.capacity=-1": "model.moe.capacity is -1.0",
+    "model.moe.jitter=1": "model.moe.jitter is 1.0, it must be from 0 to below 1",
+    "model.moe.top_k=1": "gives every chosen expert the weight 1, and the router no gradient",
+    "model.moe.router_warmup=150": "leaves none of trainer.steps=150 for the experts",
+    "stage.train=[router, lora, connectors, shared]": "stage.shared_expert is empty",
+    "trainer.router_every=-1": "trainer.router_every is -1",
     "data.datasets.img_left=0": "must be greater than 0",
     "data.deal=some": "must be one of balanced, sharded",
     "data.compose=all": "must be one of mixed, uniform",
@@ -78,6 +90,27 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(UserError) as refused:
         compose_recipe("stage3", ["trainer.steps=0", "data.pad_to=0", "model.moe.placement=odd"])
     assert "3 problems" in str(refused.value)
+
+
+def test_router_settings_that_would_do_nothing_are_refused() -> None:
+    without_router = ["stage.train=[lora, connectors]"]
+    bias = ["model.moe.balance=bias", "model.moe.score=sigmoid"]
+    for overrides, words in (
+        (["model.moe.balance=global", "model.moe.balance_coefficient=0"], "does nothing"),
+        ([*bias, "model.moe.bias_rate=0"], "bias_rate=0 does nothing"),
+        (["model.moe.balance=global", *without_router], "balance=global needs router"),
+        (["model.moe.z_loss=0.1", *without_router], "z_loss=0.1 needs router"),
+        (["model.moe.router_warmup=5", *without_router], "router_warmup=5 needs router"),
+        (
+            ["model.moe.router_warmup=5", "stage.lora.targets=[attention]"],
+            "stage.train does not train them",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            compose_recipe("stage3", overrides)
+    with pytest.raises(UserError, match="only a moe stage has experts"):
+        compose_recipe("stage1", ["stage.shared_expert=base"])
+    assert compose_recipe("stage3", bias).model.moe.balance == "bias"
 
 
 def test_uniform_steps_cannot_be_sharded() -> None:

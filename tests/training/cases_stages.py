@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def few_steps(
         feed = stage.feed(pool)
         for step in range(steps):
             batches = skewed(stage, step) if deal == "skewed" else feed.read(step)
-            result = train_step(module, batches, learning_rate(step, stage.recipe.trainer))
+            rate = learning_rate(step, stage.recipe.trainer)
+            result = train_step(module, batches, rate, step)
             total = result.sums.sum(0)
             log.append([(total[0] / total[1]).item(), result.grad_norm])
     dist.barrier()
@@ -140,10 +142,10 @@ def layouts(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
     return {name: few_steps(folder, **case) for name, case in cases.items()}
 
 
-def resumed(folder: str) -> dict[str, Any]:
+def resumed(folder: str, extra: Sequence[str] = (), name: str = "") -> dict[str, Any]:
     """A stage-3 run in one go, and one stopped after two of four steps and started again."""
-    whole = run_stage(composed(folder, "stage3", "name=whole"))
-    recipe = composed(folder, "stage3", "name=parts")
+    whole = run_stage(composed(folder, "stage3", f"name={name}whole", *extra))
+    recipe = composed(folder, "stage3", f"name={name}parts", *extra)
     stage = opened(recipe)
 
     class StoppedError(Exception):
@@ -163,7 +165,7 @@ def resumed(folder: str) -> dict[str, Any]:
         pass
     dist.barrier()
     groups.destroy(keep_world=True)
-    parts = run_stage(composed(folder, "stage3", "name=parts"))
+    parts = run_stage(composed(folder, "stage3", f"name={name}parts", *extra))
     return {
         "whole": [(line["loss"], line["grad_norm"]) for line in whole],
         "parts": [(line["loss"], line["grad_norm"]) for line in parts],

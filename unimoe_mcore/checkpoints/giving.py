@@ -92,6 +92,8 @@ def _belongs(name: str, key: str, recipe: Recipe) -> bool:
         return key.startswith("connector.")
     if kind == "expert":
         return is_mlp(key) or key.startswith(f"connector.{recipe.stage.expert}.")
+    if name.endswith(".previous_load"):
+        return False  # of the last step: nothing for a later stage
     part = part_of(name)
     return part in recipe.stage.train or (
         part.startswith("connector.") and "connectors" in recipe.stage.train

@@ -30,6 +30,7 @@ def load_sources(model: UniMoEModel, sources: Sources, recipe: Recipe) -> None:
     connectors = {tower: ShardReader(folder) for tower, folder in sources.connectors.items()}
     folders = {folder for folder in sources.experts if folder is not None}
     experts = {folder: ShardReader(folder) for folder in folders}
+    shared = ShardReader(sources.shared) if sources.shared is not None else base
     for tensor in tensors:
         source = origin(tensor.key)
         if source.kind == "base":
@@ -37,6 +38,8 @@ def load_sources(model: UniMoEModel, sources: Sources, recipe: Recipe) -> None:
         elif source.kind == "experts":
             folder = sources.experts[int(tensor.global_offset[0])]
             _fill_expert(tensor, base if folder is None else experts[folder], source.name)
+        elif source.kind == "shared":
+            shared.fill(tensor, source.name)
         elif source.kind == "connector":
             if source.tower in connectors:
                 connectors[source.tower].fill(tensor)

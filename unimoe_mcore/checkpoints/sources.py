@@ -23,6 +23,7 @@ class Sources:
         base: facts of the base; None for the base stage itself.
         base_folder: where it is.
         experts: folder per expert, None for the base's own MLP.
+        shared: folder of the shared expert, None for the base's own MLP or if there is none.
         connectors: tower -> folder; in stage 1 none, the connectors start fresh.
         hashes: what each part is (``base``, ``expert 1``, ``connector speech``) -> its hash.
     """
@@ -30,6 +31,7 @@ class Sources:
     base: Manifest | None = None
     base_folder: Path = Path()
     experts: list[Path | None] = field(default_factory=list)
+    shared: Path | None = None
     connectors: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -56,17 +58,30 @@ def find_sources(recipe: Recipe) -> Sources:
     for number, entry in enumerate(stage.experts):
         sources.experts.append(None if entry == OWN_MLP else Path(entry))
         if entry != OWN_MLP:
-            manifest = _part(recipe, Path(entry), f"Expert {number} (stage.experts)", base)
-            if manifest.kind != "expert":
-                raise UserError(
-                    f"stage.experts[{number}]={entry} was given by a stage of kind "
-                    f"{manifest.kind}, it is no expert."
-                )
+            manifest = _expert(recipe, entry, f"stage.experts[{number}]", base)
             sources.hashes[f"expert {number}"] = manifest.hash
+    if stage.shared_expert not in ("", OWN_MLP):
+        sources.shared = Path(stage.shared_expert)
+        manifest = _expert(recipe, stage.shared_expert, "stage.shared_expert", base)
+        sources.hashes["shared expert"] = manifest.hash
     sources.connectors = _connector_sources(recipe, base)
     for tower, folder in sources.connectors.items():
         sources.hashes[f"connector {tower}"] = read_manifest(folder, str(folder)).hash
     return sources
+
+
+def _expert(recipe: Recipe, entry: str, key: str, base: Manifest) -> Manifest:
+    """Facts of an expert that the recipe names under a key.
+
+    Raises:
+        UserError: if it is missing, stands on another base, or is no expert.
+    """
+    manifest = _part(recipe, Path(entry), f"The expert {key}", base)
+    if manifest.kind != "expert":
+        raise UserError(
+            f"{key}={entry} was given by a stage of kind {manifest.kind}, it is no expert."
+        )
+    return manifest
 
 
 def _refuse_missing(recipe: Recipe) -> None:
@@ -77,6 +92,7 @@ def _refuse_missing(recipe: Recipe) -> None:
     """
     stage = recipe.stage
     named = [stage.base, stage.start, *stage.experts, *stage.connectors.values()]
+    named.append(stage.shared_expert)
     folders = dict.fromkeys(Path(name) for name in named if name and name != OWN_MLP)
     absent = [str(folder) for folder in folders if not (folder / MANIFEST).is_file()]
     if len(absent) > 1:

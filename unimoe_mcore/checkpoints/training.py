@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from unimoe_mcore.checkpoints.files import flush, write_text
 from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors, write_shards
 from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.model.router import STATE as STATE_BUFFERS
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 STATE = "state.json"
@@ -68,6 +69,14 @@ def _trained(
             yield state[name], parameter
 
 
+def _remembered(chunks: Sequence[UniMoEModel]) -> Iterator[ShardedTensor]:
+    """What routers remember of earlier steps, under the prefix ``state``."""
+    for chunk in chunks:
+        for name, sharded in chunk.sharded_state_dict().items():
+            if name.endswith(STATE_BUFFERS):
+                yield replace(sharded, key=f"state.{sharded.key}")
+
+
 def _built(
     sharded: ShardedTensor | ShardedTensorFactory, value: Tensor, prefix: str
 ) -> Iterator[ShardedTensor]:
@@ -97,6 +106,7 @@ def _moments(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
 def _all_tensors(chunks: Sequence[UniMoEModel], optimizer: Any) -> Iterator[ShardedTensor]:
     moments = _moments(optimizer)
     yield from trained_tensors(chunks)
+    yield from _remembered(chunks)
     for sharded, parameter in _trained(chunks):
         state = moments[main_parameter(parameter)]
         for name in _MOMENTS:

@@ -42,16 +42,44 @@ class LanguageConfig:
 
 @dataclass
 class MoEConfig:
-    """Where the experts are and how tokens reach them.
+    """Where the experts are and how tokens reach them (``docs/training.md``, The router).
 
     Attributes:
         placement: ``interval`` (every second block from the first: 0, 2, 4 ..., Uni-MoE's),
             ``all``, ``first_half``, ``second_half`` (the paper's Table 7 d).
-        top_k: experts per token; logits of the chosen ones go through a softmax in fp32.
+        top_k: experts per token.
+        score: ``softmax`` (over the logits of the chosen experts: the official code),
+            ``pre_softmax`` (over all logits, the chosen ones not renormalised: the paper,
+            eq. 16-17), ``sigmoid`` (of each logit, the chosen ones renormalised); all in fp32.
+        balance: ``none`` (Uni-MoE with four experts), ``official``, ``sequence``, ``global``,
+            ``global_running``, ``bias`` (``unimoe_mcore.model.balance``).
+        balance_coefficient: of the balancing loss, a mean over all tokens of the global batch.
+        balance_until: step at which the coefficient, changed linearly from the first step on,
+            reaches ``balance_final``; 0 keeps it.
+        balance_final: see there.
+        bias_rate: of ``balance=bias``: what a step adds to an expert's bias, or takes from it.
+        z_loss: coefficient of the mean of the squared log-sum-exp of the logits (ST-MoE 2022,
+            eq. 5); 0 for none.
+        router_warmup: steps in which experts and the adapters on them stay as they are, so that
+            the router first learns what they are good for.
+        capacity: most tokens of an expert in a micro-batch in training, as a multiple of its even
+            share; what is over, the least probable first, is not sent to it. 0: no limit.
+        jitter: in training the router's input is multiplied by numbers from
+            ``[1 - jitter, 1 + jitter]`` (Switch 2021).
     """
 
     placement: str = "interval"
     top_k: int = 2
+    score: str = "softmax"
+    balance: str = "none"
+    balance_coefficient: float = 0.01
+    balance_until: int = 0
+    balance_final: float = 0.0
+    bias_rate: float = 1e-3
+    z_loss: float = 0.0
+    router_warmup: int = 0
+    capacity: float = 0.0
+    jitter: float = 0.0
 
 
 @dataclass
@@ -83,6 +111,9 @@ class ModelConfig:
 
 
 PLACEMENTS = ("interval", "all", "first_half", "second_half")
+SCORES = ("softmax", "pre_softmax", "sigmoid")
+BALANCING_LOSSES = ("official", "sequence", "global", "global_running")
+BALANCES = ("none", *BALANCING_LOSSES, "bias")
 
 
 def moe_blocks(placement: str, blocks: int) -> list[int]:

@@ -29,6 +29,9 @@ class StageConfig:
         start: for ``expert``: the stage-1 folder whose connectors the run starts from.
         experts: for ``moe``: one entry per expert, in order: ``base`` (the base's own MLP) or the
             folder that a stage-2 run gave.
+        shared_expert: for ``moe``: where an MLP comes from that every token of a block with experts
+            passes besides those it is sent to, named like one of ``experts``; empty for none. Its
+            output is added to theirs.
         connectors: for ``moe``: tower -> folder it comes from. A tower that is not named takes
             the connector of the one expert run specialised in it, else that of ``start``.
         train: parts that train (``unimoe_mcore.model.parts``); all else is frozen.
@@ -42,6 +45,7 @@ class StageConfig:
     expert_steps: dict[str, int] = field(default_factory=dict)
     start: str = ""
     experts: list[str] = field(default_factory=list)
+    shared_expert: str = ""
     connectors: dict[str, str] = field(default_factory=dict)
     train: list[str] = field(default_factory=list)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -45,6 +45,7 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; one is also written after the last step.
         keep: newest checkpoints that are kept.
         log_every: steps between the lines printed where there is no terminal.
+        router_every: steps between records of what the routers do (stage 3); 0 for none.
         threads: CPU threads per process; 0 takes ``OMP_NUM_THREADS``, or 1.
     """
 
@@ -61,6 +62,7 @@ class TrainerConfig:
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 20
+    router_every: int = 10
     threads: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -9,6 +9,7 @@ from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
 from unimoe_mcore.config.parallel import check_layout
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.routing import check_routing
 from unimoe_mcore.config.stage import KINDS
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
 from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
@@ -36,6 +37,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> list[str]:
         *_language(recipe.model.language),
         *_trainer(recipe.trainer),
         *_data(recipe),
+        *check_routing(recipe),
     ]
     for name, tower in recipe.model.towers.items():
         problems += _tower(name, tower)
@@ -101,6 +103,7 @@ def _parts(recipe: Recipe) -> Iterator[str]:
             "mlp",
             "router",
             "experts",
+            "shared",
             "lora",
             *connectors,
         ],

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 EXPERTS = re.compile(r"\.mlp\.experts\.experts\.(linear_fc[12]\.weight)$")
 """Stacked expert weights, ``[experts, out, in]`` on disk."""
 
+SHARED = re.compile(r"\.mlp\.shared_experts\.(linear_fc[12]\.weight)$")
+"""Weights of the MLP that every token of a block with experts passes."""
+
 _FRESH = re.compile(r"\.lora_[ab]\.|\.mlp\.router\.")
 _CONNECTOR = re.compile(r"^connector\.([^.]+)\.")
 
@@ -21,7 +24,8 @@ class Origin:
 
     Attributes:
         kind: ``base``, ``experts`` (slice e of the first axis is the dense weight ``name`` of
-            expert e's artefact), ``connector`` or ``fresh`` (initialised by this run).
+            expert e's artefact), ``shared`` (the dense weight ``name`` of the shared expert's
+            artefact), ``connector`` or ``fresh`` (initialised by this run).
         name: the tensor's name in its source.
         tower: for a connector, its tower.
     """
@@ -40,6 +44,8 @@ def origin(name: str) -> Origin:
         return Origin("fresh", name)
     if EXPERTS.search(name):
         return Origin("experts", EXPERTS.sub(r".mlp.\1", name))
+    if SHARED.search(name):
+        return Origin("shared", SHARED.sub(r".mlp.\1", name))
     return Origin("base", name)
 
 

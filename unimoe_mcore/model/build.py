@@ -46,7 +46,13 @@ def build_model(
     """
     experts, parallel = expert_count(recipe), recipe.parallel
     config = transformer_config(
-        recipe.model.language, recipe.model.moe, experts, parallel, dtype, kernels
+        recipe.model.language,
+        recipe.model.moe,
+        experts,
+        parallel,
+        dtype,
+        kernels,
+        shared=bool(recipe.stage.shared_expert),
     )
     virtual = vp_stage or 0
     language = language_spec(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unimoe_mcore.config.model import LanguageConfig
 from unimoe_mcore.model.lora import lora_initial
+from unimoe_mcore.model.router import STATE
 
 
 def name_seed(seed: int, name: str) -> int:
@@ -32,10 +33,13 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, language: Langua
     """Whole initial value (fp32) of a language-model tensor, a router or an adapter.
 
     Norms are one; weights N(0, init_std), those that write into the residual stream
-    N(0, init_std / sqrt(2 * blocks)) (Megatron's ``scaled_init_method_normal``, after GPT-2).
+    N(0, init_std / sqrt(2 * blocks)) (Megatron's ``scaled_init_method_normal``, after GPT-2). What
+    a router remembers of the steps before is zero.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if name.endswith(STATE):
+        return torch.zeros(shape)
     generator = torch.Generator().manual_seed(name_seed(seed, name))
     if ".lora_" in name:
         return lora_initial(name, shape, generator)

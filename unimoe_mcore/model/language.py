@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 from unimoe_mcore.config.model import LanguageConfig, MoEConfig, layer_pattern
 from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.model.attention import PackedAttention
+from unimoe_mcore.model.router import BalancedRouter
 from unimoe_mcore.runtime.groups import layout_flags
 
 
@@ -38,11 +41,13 @@ def transformer_config(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     kernels: dict[str, Any],
+    shared: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
     Args:
         experts: experts per MoE block; 0 for a dense model.
+        shared: whether blocks with experts also have an MLP that every token passes.
         dtype: of weights and activations.
         kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
     """
@@ -52,12 +57,16 @@ def transformer_config(
             "num_moe_experts": experts,
             "moe_ffn_hidden_size": language.ffn,
             "moe_router_topk": moe.top_k,
-            # Uni-MoE: top-k of the raw logits, softmax over the chosen ones, in fp32.
-            "moe_router_pre_softmax": False,
-            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": moe.score == "pre_softmax",
+            "moe_router_score_function": "sigmoid" if moe.score == "sigmoid" else "softmax",
             "moe_router_dtype": "fp32",
+            # Losses and biases are those of our own router (``unimoe_mcore.model.router``).
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
+            # Tells the dispatcher that a token may have fewer than top_k experts.
+            "moe_expert_capacity_factor": moe.capacity or None,
+            "moe_input_jitter_eps": moe.jitter or None,
+            "moe_shared_expert_intermediate_size": language.ffn if shared else None,
         }
     return TransformerConfig(
         num_layers=2 * language.blocks,
@@ -87,7 +96,7 @@ def transformer_config(
     )
 
 
-def stack_spec(experts: int) -> ModuleSpec:
+def stack_spec(experts: int, moe: MoEConfig) -> ModuleSpec:
     """HybridModel's layers, built from Megatron's own modules that need no Transformer Engine."""
     norm, residual = WrappedTorchNorm, get_bias_dropout_add
     attention = ModuleSpec(
@@ -118,11 +127,14 @@ def stack_spec(experts: int) -> ModuleSpec:
         ),
     }
     if experts:
-        moe = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
+        spec: Any = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
+        parts = replace(spec.keywords["submodules"], router=partial(BalancedRouter, moe=moe))
         layers["moe_layer"] = ModuleSpec(
             module=MoETransformerLayer,
             submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm, mlp=moe, mlp_bda=residual
+                pre_mlp_layernorm=norm,
+                mlp=partial(spec.func, submodules=parts),
+                mlp_bda=residual,
             ),
         )
     return ModuleSpec(
@@ -161,7 +173,7 @@ def language_spec(
         module=HybridModel,
         params={
             "config": config,
-            "hybrid_stack_spec": stack_spec(experts),
+            "hybrid_stack_spec": stack_spec(experts, moe),
             "vocab_size": language.vocabulary,
             "max_sequence_length": language.max_tokens,
             "hybrid_layer_pattern": pipeline_pattern(

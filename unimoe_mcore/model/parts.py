@@ -14,6 +14,7 @@ _LANGUAGE = {
     "mlp": r"\.mlp\.linear_fc[12]\.weight$",
     "router": r"\.mlp\.router\.",
     "experts": r"\.mlp\.experts\.local_experts\.\d+\.linear_fc[12]\.weight$",
+    "shared": r"\.mlp\.shared_experts\.linear_fc[12]\.weight$",
     "lora": r"\.lora_[ab]\.",
 }
 

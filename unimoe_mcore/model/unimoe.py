@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from data_pipeline.reading.collate import MicroBatch
+from unimoe_mcore.model.marks import token_marks
 
 
 class UniMoEModel(MimoModel):
@@ -19,6 +20,9 @@ class UniMoEModel(MimoModel):
     absent; the padding mask and the loss mask reach the language model; and what Megatron's
     schedules and gradient finalisation ask of a model is handed through. (Upstream's forward
     fails on a later pipeline stage and drops the padding mask.)
+
+    Attributes:
+        detailed_marks: whether routers are told each token's sample and its group.
     """
 
     def __init__(self, config: MimoModelConfig, groups: Any) -> None:
@@ -26,6 +30,7 @@ class UniMoEModel(MimoModel):
             config.modality_submodules_spec = {}
         super().__init__(config, tp_group=groups.tp)
         self.groups = groups
+        self.detailed_marks = False
         self._answers: Tensor | None = None
         if self.post_process:
             self.language_model.output_layer.register_forward_pre_hook(self._only_answers)
@@ -69,7 +74,7 @@ class UniMoEModel(MimoModel):
         hidden, labels, loss_mask, packed = self._shard_language_inputs(
             hidden, labels, batch.loss_mask, packed
         )
-        padding = batch.padding_mask
+        padding = token_marks(batch, self.detailed_marks)
         if self.config.sequence_parallel:
             # HybridModel passes the mask on whole, but its layers hold a part of the tokens.
             tp = self.groups.tp

@@ -29,6 +29,7 @@ class StepRecord:
         microbatches: on every rank.
         seconds: wall time of the step.
         data_seconds: of these, reading and packing on this rank.
+        routing: ``router/...`` metrics, in the steps that record them.
     """
 
     step: int
@@ -41,13 +42,15 @@ class StepRecord:
     microbatches: int
     seconds: float
     data_seconds: float
+    routing: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """As one line of ``metrics.jsonl``."""
-        fields = {k: v for k, v in vars(self).items() if k != "losses"}
+        fields = {k: v for k, v in vars(self).items() if k not in ("losses", "routing")}
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
         # Losses unrounded: they are what a resumed run is compared by.
-        return {**rounded, **self.losses, "tokens_per_second": round(self.tokens / self.seconds)}
+        speed = {"tokens_per_second": round(self.tokens / self.seconds)}
+        return {**rounded, **self.losses, **speed, **self.routing}
 
 
 class Callback(Protocol):

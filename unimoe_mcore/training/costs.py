@@ -33,7 +33,8 @@ def estimated_costs(recipe: Recipe) -> CostModel:
     active = language.blocks * (attention + mlp)
     if recipe.stage.kind == "moe":
         sparse = len(moe_blocks(recipe.model.moe.placement, language.blocks))
-        active += sparse * (recipe.model.moe.top_k - 1) * mlp
+        extra = recipe.model.moe.top_k - 1 + bool(recipe.stage.shared_expert)
+        active += sparse * extra * mlp
     passes = 6 if recipe.stage.kind == "base" else 4
     # Scores and their use: 2 * 2 * hidden per pair of tokens, half of them masked, three passes.
     quadratic = language.blocks * 6 * language.hidden

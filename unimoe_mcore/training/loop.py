@@ -17,7 +17,7 @@ def train(
     trainer: TrainerConfig,
     first: int,
     read_step: Callable[[int], Sequence[MicroBatch]],
-    train_step: Callable[[Sequence[MicroBatch], float], StepResult],
+    train_step: Callable[[Sequence[MicroBatch], float, int], StepResult],
     callbacks: Sequence[Callback],
 ) -> None:
     """Run the steps from ``first`` to ``trainer.steps``.
@@ -25,7 +25,7 @@ def train(
     Args:
         first: steps that are done already.
         read_step: this rank's micro-batches of a step.
-        train_step: one optimizer step on them at a learning rate.
+        train_step: one optimizer step on them at a learning rate; its number from 0.
         callbacks: called in order after every step.
     """
     for callback in callbacks:
@@ -35,7 +35,7 @@ def train(
         batches = read_step(step)
         read = time.perf_counter()
         lr = learning_rate(step, trainer)
-        result = train_step(batches, lr)
+        result = train_step(batches, lr, step)
         record = StepRecord(
             step=step + 1,
             losses=mean_losses(result.sums),
@@ -47,6 +47,7 @@ def train(
             microbatches=len(batches),
             seconds=time.perf_counter() - began,
             data_seconds=read - began,
+            routing=result.routing,
         )
         for callback in callbacks:
             callback.step(record)

@@ -26,6 +26,7 @@ from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.precision import DTYPES
 from unimoe_mcore.training.optimizer import build_optimizer
+from unimoe_mcore.training.routers import Routers
 
 
 class TrainModule:
@@ -34,6 +35,7 @@ class TrainModule:
     Attributes:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
         trained: trained parameters on this rank by part.
+        routers: of the chunks.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainModule:
             for part, count in train_only(chunk, recipe.stage.train).items():
                 self.trained[part] = self.trained.get(part, 0) + count
         self._check_all_train(recipe.stage.train)
+        self.routers = Routers(recipe, self.chunks)
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)

@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import TrainerConfig
+from unimoe_mcore.training.warmup import held_group
 
 
 def build_optimizer(
@@ -22,7 +27,9 @@ def build_optimizer(
         wrapped: the chunks.
         dtype: of weights and activations.
     """
-    return get_megatron_optimizer(optimizer_config(recipe.trainer, dtype), list(wrapped))
+    config = optimizer_config(recipe.trainer, dtype)
+    overrides = {**get_standard_config_overrides(config), **held_group(recipe)}
+    return get_megatron_optimizer(config, list(wrapped), config_overrides=overrides)
 
 
 def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerConfig:

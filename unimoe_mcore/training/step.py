@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
+from unimoe_mcore.training.warmup import hold_experts
 
 if TYPE_CHECKING:
     from unimoe_mcore.training.module import TrainModule
@@ -31,6 +32,7 @@ class StepResult:
         label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
+        routing: ``router/...`` metrics, if this step records them.
     """
 
     sums: Tensor
@@ -38,9 +40,12 @@ class StepResult:
     label_tokens: int
     tokens: int
     samples: int
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
-def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+def train_step(
+    module: TrainModule, batches: Sequence[MicroBatch], lr: float, step: int = 0
+) -> StepResult:
     """Count label tokens, forward and backward, finalise, clip, check, step.
 
     The loss is the sum over all label tokens of the global batch, divided by their number,
@@ -49,13 +54,17 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) ->
     Args:
         batches: this rank's micro-batches; every rank has equally many.
         lr: learning rate of this step.
+        step: number of this step, from 0.
     """
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
+    module.routers.begin(step, batches, label_tokens, tokens, samples)
     sums = _forward_backward(module, batches)
     set_rates(module.optimizer, module.recipe.trainer, lr)
+    hold_experts(module.recipe, module.wrapped, module.optimizer, step)
     _, grad_norm, _ = module.optimizer.step()
-    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
+    routing = module.routers.end()
+    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples, routing)
 
 
 def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
