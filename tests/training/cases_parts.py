@@ -1,4 +1,4 @@
-"""Runs inside the processes of ``run_distributed``: adapters, parts with rates, trained encoders."""
+"""Runs inside the processes of ``run_distributed``: adapters, rates of parts, live encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tests.training.cases_stages import composed, opened
 from unimoe_mcore.checkpoints.store import sharded_tensors
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.runtime import groups
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -40,9 +39,7 @@ def steps_of(stage: StageRun, steps: int, first: int = 0) -> list[list[float]]:
     with stage.pool(stage.samples) as pool:
         feed = stage.feed(pool)
         for step in range(first, first + steps):
-            result = train_step(
-                stage.module, feed.read(step), learning_rate(step, stage.recipe.trainer)
-            )
+            result = train_step(stage.module, feed.read(step), step)
             total = result.sums.sum(0)
             log.append([(total[0] / total[1]).item(), result.grad_norm])
     return log
@@ -83,5 +80,38 @@ def adapters(folder: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
         stage = opened(composed(folder, "stage3", "name=scratch", *layout))
         fill_adapters(stage)
         results[name] = {"log": steps_of(stage, 3), "apart": apart(stage)}
+        closed(stage)
+    return results
+
+
+def saved(folder: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
+    """``adapters``; every layout's state after three steps is saved, then it takes a fourth."""
+    results = {}
+    for name, layout in layouts.items():
+        stage = opened(composed(folder, "stage3", f"name=saved-{name}", *layout))
+        fill_adapters(stage)
+        log = steps_of(stage, 3)
+        stage._save(3)
+        results[name] = {
+            "log": [*log, *steps_of(stage, 1, first=3)],
+            "apart": apart(stage),
+        }
+        dist.barrier()
+        groups.destroy(keep_world=True)
+    return results
+
+
+def continued(folder: str, name: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
+    """The fourth step after a state that ``saved`` left, in other layouts."""
+    results = {}
+    for layout, overrides in layouts.items():
+        recipe = composed(folder, "stage3", "name=scratch", *overrides)
+        stage = opened(recipe)
+        if dist.get_rank() == 0:
+            source = stage.directory.path.parent / f"saved-{name}" / "checkpoints"
+            shutil.copytree(source, stage.directory.checkpoints, dirs_exist_ok=True)
+        dist.barrier()
+        assert stage._resume() == 3
+        results[layout] = {"log": steps_of(stage, 1, first=3), "apart": apart(stage)}
         closed(stage)
     return results

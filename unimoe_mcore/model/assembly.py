@@ -1,4 +1,4 @@
-"""Where each tensor of a stage's model comes from: base, expert artefacts, connectors, or fresh.
+"""Where each tensor of a stage's model comes from: base, artefacts, or fresh.
 
 Pure bookkeeping over names; ``unimoe_mcore.checkpoints.loading`` does the reading.
 """
@@ -12,7 +12,7 @@ EXPERTS = re.compile(r"\.mlp\.experts\.experts\.(linear_fc[12]\.weight)$")
 """Stacked expert weights, ``[experts, out, in]`` on disk."""
 
 _FRESH = re.compile(r"\.lora_[ab]\.|\.mlp\.router\.")
-_CONNECTOR = re.compile(r"^connector\.([^.]+)\.")
+_TOWER = re.compile(r"^(connector|encoder)\.([^.]+)\.")
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Origin:
 
     Attributes:
         kind: ``base``, ``experts`` (slice e of the first axis is the dense weight ``name`` of
-            expert e's artefact), ``connector`` or ``fresh`` (initialised by this run).
+            expert e's artefact), ``connector``, ``encoder`` or ``fresh`` (initialised by this run).
         name: the tensor's name in its source.
-        tower: for a connector, its tower.
+        tower: for a connector or an encoder, its tower.
     """
 
     kind: str
@@ -33,9 +33,9 @@ class Origin:
 
 def origin(name: str) -> Origin:
     """Where the tensor called ``name`` on disk comes from in a stage that stands on a base."""
-    connector = _CONNECTOR.match(name)
-    if connector:
-        return Origin("connector", name, connector[1])
+    tower = _TOWER.match(name)
+    if tower:
+        return Origin(tower[1], name, tower[2])
     if _FRESH.search(name):
         return Origin("fresh", name)
     if EXPERTS.search(name):

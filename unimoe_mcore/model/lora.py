@@ -167,7 +167,7 @@ def _adapt(layer: ColumnParallelLinear | RowParallelLinear, config: LoRAConfig) 
     _mark(replicated.weight, layer)
 
 
-def _mark(replicated: nn.Parameter, layer: ColumnParallelLinear | RowParallelLinear) -> None:
+def _mark(replicated: Tensor, layer: ColumnParallelLinear | RowParallelLinear) -> None:
     """Say how the gradient of an adapter's replicated half is made whole.
 
     It is an ordinary ``nn.Linear``. Outside of experts every tensor rank sees a part of the

@@ -29,6 +29,7 @@ class StepRecord:
         microbatches: on every rank.
         seconds: wall time of the step.
         data_seconds: of these, reading and packing on this rank.
+        lrs: learning rates of the parts where it is another one.
     """
 
     step: int
@@ -41,13 +42,16 @@ class StepRecord:
     microbatches: int
     seconds: float
     data_seconds: float
+    lrs: dict[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """As one line of ``metrics.jsonl``."""
-        fields = {k: v for k, v in vars(self).items() if k != "losses"}
+        fields = {k: v for k, v in vars(self).items() if k not in ("losses", "lr", "lrs")}
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
-        # Losses unrounded: they are what a resumed run is compared by.
-        return {**rounded, **self.losses, "tokens_per_second": round(self.tokens / self.seconds)}
+        # Unrounded: rates may be tiny, and losses are what a resumed run is compared by.
+        rates = {"lr": self.lr, **{f"lr/{part}": lr for part, lr in self.lrs.items()}}
+        speed = round(self.tokens / self.seconds)
+        return {**rounded, **rates, **self.losses, "tokens_per_second": speed}
 
 
 class Callback(Protocol):

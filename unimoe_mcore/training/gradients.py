@@ -39,9 +39,7 @@ def finalise_gradients(
         _sum_partial(chunks, expert_tensor_group)
 
 
-def _sum_partial(
-    chunks: Sequence[DistributedDataParallel], group: dist.ProcessGroup
-) -> None:
+def _sum_partial(chunks: Sequence[DistributedDataParallel], group: dist.ProcessGroup) -> None:
     """Sum the gradients that each rank of ``group`` has a part of, in one message."""
     partial = [
         parameter.main_grad

@@ -16,6 +16,7 @@ from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
+from unimoe_mcore.training.schedule import rates
 
 if TYPE_CHECKING:
     from unimoe_mcore.training.module import TrainModule
@@ -31,6 +32,8 @@ class StepResult:
         label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
+        lr: learning rate.
+        lrs: of the parts where it is another one.
     """
 
     sums: Tensor
@@ -38,9 +41,11 @@ class StepResult:
     label_tokens: int
     tokens: int
     samples: int
+    lr: float
+    lrs: dict[str, float]
 
 
-def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) -> StepResult:
     """Count label tokens, forward and backward, finalise, clip, check, step.
 
     The loss is the sum over all label tokens of the global batch, divided by their number,
@@ -48,14 +53,23 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) ->
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
-        lr: learning rate of this step.
+        step: its number, from 0: learning rates follow from it.
     """
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
     sums = _forward_backward(module, batches)
-    set_rates(module.optimizer, module.recipe.trainer, lr)
+    lrs = rates(step, module.recipe)
+    set_rates(module.optimizer, lrs)
     _, grad_norm, _ = module.optimizer.step()
-    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
+    return StepResult(
+        sums=sums,
+        grad_norm=float(grad_norm or 0.0),
+        label_tokens=label_tokens,
+        tokens=tokens,
+        samples=samples,
+        lr=lrs[""].lr,
+        lrs={part: rate.lr for part, rate in lrs.items() if rate.lr != lrs[""].lr},
+    )
 
 
 def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
