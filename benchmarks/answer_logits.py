@@ -38,7 +38,7 @@ def main() -> None:
 
     def step(places: object) -> None:
         UniMoEModel.answer_places = places  # type: ignore[method-assign, assignment]
-        train_step(stage.module, batches, 1e-4)
+        train_step(stage.module, batches, 0)
 
     row = compare(
         f"stage 1, {batches[0].tokens} tokens, {batches[0].label_tokens} of them answers",

@@ -73,7 +73,7 @@ def _language(recipe: Recipe, collection: ProcessGroupCollection) -> tuple[float
     flags = transformer_flags(detect())
     markers = {m: number for number, m in enumerate(MODALITIES)}
     model = build_model(recipe, collection, markers, dtype, flags)
-    train_only(model, recipe.stage.train)
+    train_only(model, recipe.stage)
     most = min(TOKENS, recipe.model.language.max_tokens)
     lengths = sorted({max(8, most // parts) for parts in (1, 2, 4, 16)})
     rows, seconds = [], []

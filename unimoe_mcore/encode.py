@@ -31,6 +31,7 @@ from unimoe_mcore.compose import speak
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import trains
 from unimoe_mcore.config.towers import EncoderConfig, tower_modalities
 from unimoe_mcore.runtime.parent import DIE_WITH_PARENT, die_with_parent
 
@@ -111,6 +112,8 @@ def encode_share(recipe: Recipe, process: int, processes: int) -> int:
     manifest = open_set(recipe.data.folder, Path(recipe.paths.cache))
     encoded = 0
     for name, tower in recipe.model.towers.items():
+        if trains(recipe.stage, f"encoder.{name}"):
+            continue  # its features change with every step
         cache = FeatureCache(Path(recipe.paths.cache) / "features", build_encoder(tower.encoder))
         share = Share(manifest, tower_modalities(name), process, processes, store)
         for batch in _shown(share, f"encode {name}", shown=process == 0):

@@ -93,7 +93,8 @@ def layout_gradients(
         config.recompute_method, config.recompute_num_layers = "uniform", 1
     with stage.pool(stage.samples) as pool:
         feed = stage.feed(pool)
-        found["metrics"] = train_step(module, feed.read(0), 0.0, 0).routing
+        module.recipe.trainer.lr = 0.0
+        found["metrics"] = train_step(module, feed.read(0), 0).routing
         batches = {deal: skewed(stage, 1) if deal == "skewed" else feed.read(1) for deal in deals}
         for form in forms:
             module.recipe.model.moe.balance = form
@@ -173,7 +174,8 @@ def counted_by_hand(folder: str) -> dict[str, Any]:
         router.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[1]))
     with stage.pool(stage.samples) as pool:
         batches = stage.feed(pool).read(0)
-        metrics = train_step(stage.module, batches, 0.0, 0).routing
+        stage.recipe.trainer.lr = 0.0
+        metrics = train_step(stage.module, batches, 0).routing
     naive: dict[str, dict[str, Any]] = {}
     for block, kept in maps.items():
         counts: dict[str, list[int]] = {}
@@ -194,6 +196,7 @@ def warmed_up(folder: str) -> dict[str, Any]:
     warm = [*COMMON, "model.moe.router_warmup=2", "trainer.weight_decay=0.5", "trainer.warmup=0"]
     stage = opened(composed(folder, "stage3", "name=router", *warm))
     module = stage.module
+    stage.recipe.trainer.lr = 1e-2
     trained = {n: p for n, p in module.chunks[0].named_parameters() if p.requires_grad}
     moved: list[dict[str, bool]] = []
 
@@ -207,7 +210,7 @@ def warmed_up(folder: str) -> dict[str, Any]:
         feed = stage.feed(pool)
         for step in range(3):
             before = {name: p.detach().clone() for name, p in trained.items()}
-            train_step(module, feed.read(step), 1e-2, step)
+            train_step(module, feed.read(step), step)
             changed = {n: not torch.equal(p, before[n]) for n, p in trained.items()}
             # B is zero at first, so that A has no gradient in the first step it may move in; with
             # weight decay it moves all the same.

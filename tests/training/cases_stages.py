@@ -19,7 +19,6 @@ from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import RunDirectory, read_lines
 from unimoe_mcore.training.agreement import decided_by_first_rank
 from unimoe_mcore.training.data import reading_job
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -125,8 +124,7 @@ def few_steps(
         feed = stage.feed(pool)
         for step in range(steps):
             batches = skewed(stage, step) if deal == "skewed" else feed.read(step)
-            rate = learning_rate(step, stage.recipe.trainer)
-            result = train_step(module, batches, rate, step)
+            result = train_step(module, batches, step)
             total = result.sums.sum(0)
             log.append([(total[0] / total[1]).item(), result.grad_norm])
     dist.barrier()

@@ -33,6 +33,8 @@ class Manifest:
         towers: for every connector given: its ``TowerConfig`` as a dict.
         sources: what the run took -> hash (``unimoe_mcore.checkpoints.sources``).
         data: digest of the data it was trained on.
+        lora: what the adapters among the tensors are (``LoRAConfig`` as a dict); empty where there
+            are none: they may have been merged into the weights.
         tensors: name -> shape, dtype, sha256 of the whole tensor's bytes.
         files: index files and tokenizer -> sha256; the indexes hold those of the weights.
     """
@@ -46,6 +48,7 @@ class Manifest:
     towers: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     data: str = ""
+    lora: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT

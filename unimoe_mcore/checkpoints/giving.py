@@ -17,6 +17,7 @@ from unimoe_mcore.checkpoints.artefact import TOKENIZER, Manifest, publish, seal
 from unimoe_mcore.checkpoints.sources import Sources
 from unimoe_mcore.checkpoints.store import sharded_tensors, write_shards
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import trains
 from unimoe_mcore.model.assembly import is_mlp
 from unimoe_mcore.model.lora import merge_lora
 from unimoe_mcore.model.parts import part_of
@@ -34,7 +35,8 @@ def give(
     """Write the stage's artefact; a collective over all ranks, visible only when complete.
 
     A base gives its weights and tokenizer, stage 1 its connectors, stage 2 the MLPs with their
-    adapters merged and the specialised connector, stage 3 all that it trained.
+    adapters merged and the specialised connector, stage 3 all that it trained. An encoder that
+    this run or one before it has trained goes with its connector.
 
     Args:
         sources: what the run took.
@@ -67,6 +69,7 @@ def give(
             },
             sources=sources.hashes,
             data=data,
+            lora=asdict(recipe.stage.lora) if _gives_adapters(recipe) else {},
         )
         seal(partial, facts)
         publish(partial, folder)
@@ -75,13 +78,24 @@ def give(
 
 def _given(chunk: UniMoEModel, recipe: Recipe) -> Iterator[ShardedTensor]:
     state = chunk.sharded_state_dict()
-    if recipe.stage.kind == "expert":
-        state = _with_merged(state, chunk)
-    for name, entry in state.items():
-        if not hasattr(entry, "key") or (".lora_" in name and recipe.stage.kind == "expert"):
+    merged = _merged(state, chunk) if _merges(recipe) else {}
+    for name, entry in {**state, **merged}.items():
+        if not hasattr(entry, "key") or (merged and ".lora_" in name):
             continue
-        if _belongs(name, entry.key, recipe):
+        if name in merged or _belongs(name, entry.key, recipe):
             yield from sharded_tensors({name: entry})
+    for tower in chunk.modality_submodules.values():
+        if _gives_connector(tower.name, recipe):
+            yield from tower.passed_on()
+
+
+def _merges(recipe: Recipe) -> bool:
+    """Whether adapters are given as a part of the weights that they adapt."""
+    return recipe.stage.kind == "expert" or recipe.stage.lora.merge
+
+
+def _gives_adapters(recipe: Recipe) -> bool:
+    return bool(recipe.stage.lora.targets) and not _merges(recipe)
 
 
 def _belongs(name: str, key: str, recipe: Recipe) -> bool:
@@ -89,28 +103,30 @@ def _belongs(name: str, key: str, recipe: Recipe) -> bool:
     if kind == "base":
         return key.startswith("language_model.")
     if kind == "align":
-        return key.startswith("connector.")
+        return key.startswith(("connector.", "encoder."))
     if kind == "expert":
-        return is_mlp(key) or key.startswith(f"connector.{recipe.stage.expert}.")
+        own = tuple(f"{part}.{recipe.stage.expert}." for part in ("connector", "encoder"))
+        return is_mlp(key) or key.startswith(own)
     if name.endswith(".previous_load"):
         return False  # of the last step: nothing for a later stage
-    part = part_of(name)
-    return part in recipe.stage.train or (
-        part.startswith("connector.") and "connectors" in recipe.stage.train
-    )
+    return trains(recipe.stage, part_of(name))
 
 
-def _with_merged(state: dict[str, Any], chunk: UniMoEModel) -> dict[str, Any]:
-    """The state with every adapted weight replaced by its merged value."""
-    merged = {
+def _gives_connector(tower: str, recipe: Recipe) -> bool:
+    kind = recipe.stage.kind
+    if kind == "moe":
+        return trains(recipe.stage, f"connector.{tower}")
+    return kind == "align" or (kind == "expert" and tower == recipe.stage.expert)
+
+
+def _merged(state: dict[str, Any], chunk: UniMoEModel) -> dict[str, Any]:
+    """Every adapted weight's entry of the state, with its merged value."""
+    values = {
         f"language_model.{layer}.weight": value
         for layer, value in merge_lora(chunk.language_model).items()
     }
-    result = dict(state)
-    for name in state:
-        parameter = re.sub(r"^module\.", "", name)
-        if parameter in merged:
-            result[name] = replace(state[name], data=merged.pop(parameter))
-    if merged:
-        raise KeyError(f"adapted layers without a sharded weight: {sorted(merged)}")
-    return result
+    entries = {re.sub(r"^module\.", "", name): name for name in state}
+    lacking = sorted(set(values) - set(entries))
+    if lacking:
+        raise KeyError(f"adapted layers without a sharded weight: {lacking}")
+    return {entries[name]: replace(state[entries[name]], data=values[name]) for name in values}

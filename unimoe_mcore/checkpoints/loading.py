@@ -11,6 +11,10 @@ from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.assembly import origin
 from unimoe_mcore.model.initialise import initialise
+from unimoe_mcore.model.towers.encoders import Encoder, build_encoder
+from unimoe_mcore.model.towers.feature_cache import FeatureCache
+from unimoe_mcore.model.towers.live_encoder import LiveEncoder
+from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 
@@ -43,8 +47,33 @@ def load_sources(model: UniMoEModel, sources: Sources, recipe: Recipe) -> None:
         elif source.kind == "connector":
             if source.tower in connectors:
                 connectors[source.tower].fill(tensor)
+        elif source.kind == "encoder":  # published weights, unless a run before has trained them
+            reader = connectors.get(source.tower)
+            if reader is not None and source.name in reader.tensors:
+                reader.fill(tensor)
         else:
             initialise(tensor, seed, language)
+    for tower in model.modality_submodules.values():
+        if tower.name in connectors:
+            _take_encoder(tower, connectors[tower.name])
+
+
+def _take_encoder(tower: Tower, reader: ShardReader) -> None:
+    """Give a frozen encoder the weights that the run of its connector has trained, if it has."""
+    features, prefix = tower.features, f"encoder.{tower.name}."
+    if isinstance(features, LiveEncoder) or not any(n.startswith(prefix) for n in reader.tensors):
+        return
+    config = features.encoder.config
+
+    def trained() -> Encoder:
+        encoder = build_encoder(config)
+        with torch.no_grad():
+            for name, tensor in encoder.state_dict().items():
+                tensor.copy_(reader.read(prefix + name))
+        return encoder
+
+    # Other weights, another folder: the cache is made anew.
+    tower.features = FeatureCache(features.folder.parent, trained(), trained)
 
 
 def _fill_expert(tensor: ShardedTensor, reader: ShardReader, dense: str) -> None:

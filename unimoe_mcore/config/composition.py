@@ -52,6 +52,7 @@ OPEN = (
     "stage.connectors.",
     "stage.expert_datasets.",
     "stage.expert_steps.",
+    "stage.rates.",
     "data.datasets.",
     "data.combinations",
 )

@@ -12,6 +12,27 @@ OWN_MLP = "base"
 """As an entry of ``experts``: the base's own MLP."""
 
 
+GROUPS_OF_PARTS = {"connectors": "connector.", "encoders": "encoder."}
+"""Names that stand for one part of every tower, and how the parts' names begin."""
+
+
+@dataclass
+class RateConfig:
+    """How one part trains where it differs from the rest; what is left out is the trainer's.
+
+    Attributes:
+        lr: highest learning rate.
+        lr_scale: in place of ``lr``: factor on ``trainer.lr``.
+        warmup: steps of linear warm-up.
+        weight_decay: AdamW's.
+    """
+
+    lr: float | None = None
+    lr_scale: float | None = None
+    warmup: int | None = None
+    weight_decay: float | None = None
+
+
 @dataclass
 class StageConfig:
     """One run of the progressive schedule.
@@ -34,7 +55,10 @@ class StageConfig:
             output is added to theirs.
         connectors: for ``moe``: tower -> folder it comes from. A tower that is not named takes
             the connector of the one expert run specialised in it, else that of ``start``.
-        train: parts that train (``unimoe_mcore.model.parts``); all else is frozen.
+        train: parts that train (``unimoe_mcore.model.parts``); all else is frozen. ``connectors``
+            and ``encoders`` stand for those of all towers. An encoder that trains runs in the
+            forward pass; the others' features are cached.
+        rates: part (or ``connectors``, ``encoders``) -> how it trains where it differs.
         lora: adapters added before training.
     """
 
@@ -48,4 +72,23 @@ class StageConfig:
     shared_expert: str = ""
     connectors: dict[str, str] = field(default_factory=dict)
     train: list[str] = field(default_factory=list)
+    rates: dict[str, RateConfig] = field(default_factory=dict)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+def stands_for(name: str, part: str) -> bool:
+    """Whether ``name``, as a recipe says it, means ``part`` or a group that it belongs to."""
+    group = GROUPS_OF_PARTS.get(name)
+    return name == part or (group is not None and part.startswith(group))
+
+
+def trains(stage: StageConfig, part: str) -> bool:
+    """Whether a stage trains a part."""
+    return any(stands_for(name, part) for name in stage.train)
+
+
+def rate_of(stage: StageConfig, part: str) -> str:
+    """The key of ``stage.rates`` that a part follows: its own, else its group's, else ``""``."""
+    if part in stage.rates:
+        return part
+    return next((name for name in stage.rates if stands_for(name, part)), "")

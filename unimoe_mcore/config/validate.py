@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
 from unimoe_mcore.config.parallel import check_layout
+from unimoe_mcore.config.rates import rate_problems
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.routing import check_routing
 from unimoe_mcore.config.stage import KINDS
@@ -92,10 +93,11 @@ def _parts(recipe: Recipe) -> Iterator[str]:
     """What a stage trains must be what it gives: all else would be lost."""
     stage = recipe.stage
     connectors = ["connectors", *(f"connector.{tower}" for tower in recipe.model.towers)]
+    encoders = ["encoders", *(f"encoder.{tower}" for tower in recipe.model.towers)]
     given = {
         "base": ["embeddings", "norms", "attention", "mlp"],
-        "align": connectors,
-        "expert": ["lora", "mlp", f"connector.{stage.expert}"],
+        "align": [*connectors, *encoders],
+        "expert": ["lora", "mlp", f"connector.{stage.expert}", f"encoder.{stage.expert}"],
         "moe": [
             "embeddings",
             "norms",
@@ -106,6 +108,7 @@ def _parts(recipe: Recipe) -> Iterator[str]:
             "shared",
             "lora",
             *connectors,
+            *encoders,
         ],
     }.get(stage.kind, stage.train)
     for part in stage.train:
@@ -122,6 +125,9 @@ def _parts(recipe: Recipe) -> Iterator[str]:
         yield "stage.train names lora, but stage.lora.targets is empty"
     if stage.lora.targets and "lora" not in stage.train:
         yield "stage.lora.targets is given, but stage.train does not name lora"
+    yield from rate_problems(stage)
+    if stage.lora.merge and not (stage.kind == "moe" and stage.lora.targets):
+        yield "stage.lora.merge=true is for a moe stage with stage.lora.targets, leave it out"
     if stage.lora.rank < 1:
         yield f"stage.lora.rank is {stage.lora.rank}, it must be at least 1"
 

@@ -1,4 +1,4 @@
-"""Where each tensor of a stage's model comes from: base, expert artefacts, connectors, or fresh.
+"""Where each tensor of a stage's model comes from: base, artefacts, or fresh.
 
 Pure bookkeeping over names; ``unimoe_mcore.checkpoints.loading`` does the reading.
 """
@@ -15,7 +15,7 @@ SHARED = re.compile(r"\.mlp\.shared_experts\.(linear_fc[12]\.weight)$")
 """Weights of the MLP that every token of a block with experts passes."""
 
 _FRESH = re.compile(r"\.lora_[ab]\.|\.mlp\.router\.")
-_CONNECTOR = re.compile(r"^connector\.([^.]+)\.")
+_TOWER = re.compile(r"^(connector|encoder)\.([^.]+)\.")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Origin:
     Attributes:
         kind: ``base``, ``experts`` (slice e of the first axis is the dense weight ``name`` of
             expert e's artefact), ``shared`` (the dense weight ``name`` of the shared expert's
-            artefact), ``connector`` or ``fresh`` (initialised by this run).
+            artefact), ``connector``, ``encoder`` or ``fresh`` (initialised by this run).
         name: the tensor's name in its source.
-        tower: for a connector, its tower.
+        tower: for a connector or an encoder, its tower.
     """
 
     kind: str
@@ -37,9 +37,9 @@ class Origin:
 
 def origin(name: str) -> Origin:
     """Where the tensor called ``name`` on disk comes from in a stage that stands on a base."""
-    connector = _CONNECTOR.match(name)
-    if connector:
-        return Origin("connector", name, connector[1])
+    tower = _TOWER.match(name)
+    if tower:
+        return Origin(tower[1], name, tower[2])
     if _FRESH.search(name):
         return Origin("fresh", name)
     if EXPERTS.search(name):

@@ -11,11 +11,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import trains
 from unimoe_mcore.model.initialise import seeded_by_name
 from unimoe_mcore.model.language import language_spec, transformer_config
 from unimoe_mcore.model.lora import add_lora
 from unimoe_mcore.model.towers.encoders import build_encoder
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
+from unimoe_mcore.model.towers.live_encoder import LiveEncoder
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.devices import device
@@ -99,12 +101,18 @@ class _TowerFactory:
     def from_spec(spec: ModuleSpec, **_: bool) -> Tower:
         recipe, name = spec.params["recipe"], spec.params["name"]
         config = recipe.model.towers[name]
-        features = FeatureCache(
-            Path(recipe.paths.cache) / "features", build_encoder(config.encoder)
-        )
+        features = _features(recipe, name)
         with seeded_by_name(recipe.trainer.seed, f"connector.{name}"):
             hidden = recipe.model.language.hidden
             return Tower(name, config, features, hidden, spec.params["groups"])
+
+
+def _features(recipe: Recipe, tower: str) -> FeatureCache | LiveEncoder:
+    """Where a tower's features come from: the disk, or its encoder if that trains."""
+    encoder = build_encoder(recipe.model.towers[tower].encoder)
+    if trains(recipe.stage, f"encoder.{tower}"):
+        return LiveEncoder(encoder)
+    return FeatureCache(Path(recipe.paths.cache) / "features", encoder)
 
 
 def _check_layers(

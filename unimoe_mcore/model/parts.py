@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from torch import nn
+
+from unimoe_mcore.config.stage import StageConfig, trains
 
 _LANGUAGE = {
     "embeddings": r"\.(embedding|output_layer)\.",
@@ -25,29 +26,16 @@ def part_of(parameter: str) -> str:
     Raises:
         KeyError: if no part claims it.
     """
-    tower = re.match(r"(?:module\.)*modality_submodules\.([^.]+)\.", parameter)
+    tower = re.match(r"(?:module\.)*modality_submodules\.([^.]+)\.(encoders\.)?", parameter)
     if tower:
-        return f"connector.{tower[1]}"
+        return f"{'encoder' if tower[2] else 'connector'}.{tower[1]}"
     for part, pattern in _LANGUAGE.items():
         if re.search(pattern, parameter):
             return part
     raise KeyError(f"no part claims the parameter {parameter}")
 
 
-def train_only(model: nn.Module, parts: Sequence[str]) -> dict[str, int]:
-    """Let the named parts train and freeze all others.
-
-    Args:
-        parts: names as ``part_of`` gives them; ``connectors`` means the connector of every tower.
-
-    Returns:
-        Trained parameters on this rank by part.
-    """
-    counts: dict[str, int] = {}
+def train_only(model: nn.Module, stage: StageConfig) -> None:
+    """Let the parts that a stage names train and freeze all others."""
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        trained = part in parts or (part.startswith("connector.") and "connectors" in parts)
-        parameter.requires_grad_(trained)
-        if trained:
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+        parameter.requires_grad_(trains(stage, part_of(name)))

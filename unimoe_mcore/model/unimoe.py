@@ -120,9 +120,3 @@ class UniMoEModel(MimoModel):
         parts["text"] = self.get_text_embeddings(batch.input_ids, batch.position_ids, special)
         parts = {m: part.to(parts["text"].dtype) for m, part in parts.items()}
         return self.align_embeddings_by_token_positions(parts, batch.input_ids, special)
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters on this rank: all of them, and those that train."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

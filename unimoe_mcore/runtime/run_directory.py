@@ -1,7 +1,8 @@
 """The run directory: the truth about a run.
 
 ``runs/<name>/`` holds ``config.yaml`` (resolved), ``version.json``, ``metrics.jsonl``,
-``events.jsonl``, ``checkpoints/``, ``evaluation/`` and, when the run is done, ``gives/``.
+``events.jsonl``, ``parameters.json``, ``checkpoints/``, ``evaluation/`` and, when the run is
+done, ``gives/``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class RunDirectory:
     def tokenizer(self) -> Path:
         """The tokenizer of a base stage while it is being trained."""
         return self.path / "tokenizer.json"
+
+    @property
+    def parameters(self) -> Path:
+        """Every parameter of the model, by part, and whether it trains."""
+        return self.path / "parameters.json"
 
     @property
     def quarantine(self) -> Path:

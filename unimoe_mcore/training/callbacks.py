@@ -29,6 +29,7 @@ class StepRecord:
         microbatches: on every rank.
         seconds: wall time of the step.
         data_seconds: of these, reading and packing on this rank.
+        lrs: learning rates of the parts where it is another one.
         routing: ``router/...`` metrics, in the steps that record them.
     """
 
@@ -42,15 +43,18 @@ class StepRecord:
     microbatches: int
     seconds: float
     data_seconds: float
+    lrs: dict[str, float] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """As one line of ``metrics.jsonl``."""
-        fields = {k: v for k, v in vars(self).items() if k not in ("losses", "routing")}
+        apart = ("losses", "lr", "lrs", "routing")
+        fields = {k: v for k, v in vars(self).items() if k not in apart}
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
-        # Losses unrounded: they are what a resumed run is compared by.
+        # Unrounded: rates may be tiny, and losses are what a resumed run is compared by.
+        rates = {"lr": self.lr, **{f"lr/{part}": lr for part, lr in self.lrs.items()}}
         speed = {"tokens_per_second": round(self.tokens / self.seconds)}
-        return {**rounded, **self.losses, **speed, **self.routing}
+        return {**rounded, **rates, **self.losses, **speed, **self.routing}
 
 
 class Callback(Protocol):

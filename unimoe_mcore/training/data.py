@@ -199,14 +199,14 @@ def reading_job(
     recipe: Recipe,
     catalogue: Catalogue,
     tokenizer: TextTokenizer,
-    features: dict[str, Path],
+    features: dict[str, Path | None],
     note: Path | None = None,
 ) -> ReadingJob:
     """All that is needed to read a catalogue's samples.
 
     Args:
-        features: folders of cached features by modality, of the towers that this rank has; media
-            of others are not decoded.
+        features: folders of cached features by modality, of the towers that this rank has, None
+            where features are not cached; media of others are not decoded.
         note: file in which this process notes the sample that it decodes.
     """
     rule = TowerRule(recipe.model.towers)
@@ -216,7 +216,7 @@ def reading_job(
         tokenizer=tokenizer.serialised(),
         rule=rule,
         preparations=encoders,
-        features=features,
+        features={m: folder for m, folder in features.items() if folder is not None},
         store=shard_store(recipe),
         in_progress=note,
     )

@@ -9,7 +9,6 @@ from data_pipeline.reading.collate import MicroBatch
 from unimoe_mcore.config.trainer import TrainerConfig
 from unimoe_mcore.training.callbacks import Callback, StepRecord
 from unimoe_mcore.training.report import mean_losses
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.step import StepResult
 
 
@@ -17,7 +16,7 @@ def train(
     trainer: TrainerConfig,
     first: int,
     read_step: Callable[[int], Sequence[MicroBatch]],
-    train_step: Callable[[Sequence[MicroBatch], float, int], StepResult],
+    train_step: Callable[[Sequence[MicroBatch], int], StepResult],
     callbacks: Sequence[Callback],
 ) -> None:
     """Run the steps from ``first`` to ``trainer.steps``.
@@ -25,7 +24,7 @@ def train(
     Args:
         first: steps that are done already.
         read_step: this rank's micro-batches of a step.
-        train_step: one optimizer step on them at a learning rate; its number from 0.
+        train_step: one optimizer step on them, given its number.
         callbacks: called in order after every step.
     """
     for callback in callbacks:
@@ -34,13 +33,13 @@ def train(
         began = time.perf_counter()
         batches = read_step(step)
         read = time.perf_counter()
-        lr = learning_rate(step, trainer)
-        result = train_step(batches, lr, step)
+        result = train_step(batches, step)
         record = StepRecord(
             step=step + 1,
             losses=mean_losses(result.sums),
             grad_norm=result.grad_norm,
-            lr=lr,
+            lr=result.lr,
+            lrs=result.lrs,
             label_tokens=result.label_tokens,
             tokens=result.tokens,
             samples=result.samples,

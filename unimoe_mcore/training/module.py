@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -20,11 +17,14 @@ from unimoe_mcore.checkpoints.loading import load_sources
 from unimoe_mcore.checkpoints.sources import Sources
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import stands_for
 from unimoe_mcore.model.build import build_model
 from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.precision import DTYPES
+from unimoe_mcore.training.gradients import finalise_gradients
+from unimoe_mcore.training.inventory import take_inventory
 from unimoe_mcore.training.optimizer import build_optimizer
 from unimoe_mcore.training.routers import Routers
 
@@ -34,7 +34,7 @@ class TrainModule:
 
     Attributes:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
-        trained: trained parameters on this rank by part.
+        inventory: every parameter of the whole model, and whether it trains.
         routers: of the chunks.
     """
 
@@ -55,17 +55,18 @@ class TrainModule:
         self.chunks: list[UniMoEModel] = [
             build_model(recipe, groups, markers, dtype, kernels, stage) for stage in stages
         ]
-        self.trained: dict[str, int] = {}
         for chunk in self.chunks:
             load_sources(chunk, sources, recipe)
-            for part, count in train_only(chunk, recipe.stage.train).items():
-                self.trained[part] = self.trained.get(part, 0) + count
+            train_only(chunk, recipe.stage)
+        self.inventory = take_inventory(self.chunks)
         self._check_all_train(recipe.stage.train)
         self.routers = Routers(recipe, self.chunks)
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = partial(
+            finalise_gradients, expert_tensor_group=groups.expt_tp
+        )
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     def _check_all_train(self, parts: Sequence[str]) -> None:
@@ -74,11 +75,8 @@ class TrainModule:
         Raises:
             UserError: naming the part and those that there are.
         """
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.trained)
-        found = {part for trained in gathered for part in trained}
-        found |= {"connectors"} if any(part.startswith("connector.") for part in found) else set()
-        absent = [part for part in parts if part not in found]
+        found = {entry.part for entry in self.inventory if entry.trained}
+        absent = [name for name in parts if not any(stands_for(name, part) for part in found)]
         if absent:
             raise UserError(f"stage.train names {', '.join(absent)}, which this model has not.")
 
@@ -106,8 +104,11 @@ class TrainModule:
         """Number of data-parallel ranks."""
         return int(self.groups.dp.size())
 
-    def feature_folders(self) -> dict[str, Path]:
-        """Folders of cached encoder features by modality, of the towers on this rank."""
+    def feature_folders(self) -> dict[str, Path | None]:
+        """Folders of cached features by modality, of the towers on this rank.
+
+        None where the encoder trains: its media must be decoded every time.
+        """
         return {m: tower.features.folder for tower in self.towers() for m in tower.modalities}
 
     def towers(self) -> list[Tower]:

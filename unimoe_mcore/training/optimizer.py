@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,16 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import StageConfig, rate_of
 from unimoe_mcore.config.trainer import TrainerConfig
+from unimoe_mcore.model.parts import part_of
+from unimoe_mcore.training.schedule import Rate
 from unimoe_mcore.training.warmup import held_group
+
+_RATE = "unimoe_rate"  # in a group of parameters: the key of ``stage.rates`` that it follows
 
 
 def build_optimizer(
@@ -28,8 +34,29 @@ def build_optimizer(
         dtype: of weights and activations.
     """
     config = optimizer_config(recipe.trainer, dtype)
-    overrides = {**get_standard_config_overrides(config), **held_group(recipe)}
+    overrides = {
+        **get_standard_config_overrides(config),
+        **_overrides(recipe.stage),
+        **held_group(recipe),
+    }
     return get_megatron_optimizer(config, list(wrapped), config_overrides=overrides)
+
+
+def _overrides(stage: StageConfig) -> dict[ParamKey, Any]:
+    """One group of parameters for every part with rates of its own, by Megatron's mechanism.
+
+    Groups are made alike on all ranks, whichever parts they hold, with and without the
+    distributed optimizer.
+    """
+
+    def follows(rate: str) -> ParamKey:
+        return ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                name=rate, fn=lambda _, name: rate_of(stage, part_of(name)) == rate
+            )
+        )
+
+    return {follows(rate): {_RATE: rate} for rate in stage.rates}
 
 
 def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerConfig:
@@ -48,9 +75,14 @@ def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerCon
     )
 
 
-def set_rates(optimizer: Any, trainer: TrainerConfig, lr: float) -> None:
-    """Give every group of parameters the learning rate and the weight decay of a step."""
+def set_rates(optimizer: Any, rates: Mapping[str, Rate]) -> None:
+    """Give every group of parameters the learning rate and the weight decay of a step.
+
+    Args:
+        rates: of ``unimoe_mcore.training.schedule``.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        rate = rates[group.get(_RATE, "")]
+        group["lr"] = rate.lr
         # Megatron exempts biases and vectors by a multiplier that only its own scheduler reads.
-        group["weight_decay"] = trainer.weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = rate.weight_decay * group.get("wd_mult", 1.0)

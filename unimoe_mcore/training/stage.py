@@ -38,7 +38,6 @@ from unimoe_mcore.checkpoints.training import (
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
-from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.precision import choose_precision
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
@@ -54,6 +53,7 @@ from unimoe_mcore.training.data import (
     training_catalogue,
 )
 from unimoe_mcore.training.feed import Feed
+from unimoe_mcore.training.inventory import as_json, by_part, table
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.step import train_step
@@ -200,9 +200,11 @@ class StageRun:
                 tower.features.release()
 
     def _announce(self) -> None:
-        total, trained = count_parameters(self.module.chunks[0])
-        parts = dict(sorted(self.module.trained.items()))
-        ranks, layout = dist.get_world_size(), asdict(self.recipe.parallel)
+        """Say and record what trains, at which rates, and what does not."""
+        inventory, layout = self.module.inventory, asdict(self.recipe.parallel)
+        parts = by_part(inventory, trained=True)
+        total, trained = sum(entry.count for entry in inventory), sum(parts.values())
+        ranks = dist.get_world_size()
         self.directory.event(
             "start",
             parameters=total,
@@ -213,11 +215,11 @@ class StageRun:
             precision=self.precision,
         )
         if self.first_rank:
-            listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
+            write_text(self.directory.parameters, as_json(inventory))
             print(
-                f"{self.recipe.name}: {total / 1e6:.2f} M parameters on rank 0, "
-                f"{trained / 1e6:.2f} M train ({listed}), {ranks} processes, "
-                f"EP={self.recipe.parallel.expert}, {self.precision}",
+                f"{self.recipe.name}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M train, "
+                f"{ranks} processes, EP={self.recipe.parallel.expert}, {self.precision}\n"
+                f"{table(inventory, self.recipe)}",
                 flush=True,
             )
 

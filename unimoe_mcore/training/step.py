@@ -16,6 +16,7 @@ from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
+from unimoe_mcore.training.schedule import rates
 from unimoe_mcore.training.warmup import hold_experts
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class StepResult:
         label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
+        lr: learning rate.
+        lrs: of the parts where it is another one.
         routing: ``router/...`` metrics, if this step records them.
     """
 
@@ -40,12 +43,12 @@ class StepResult:
     label_tokens: int
     tokens: int
     samples: int
+    lr: float
+    lrs: dict[str, float]
     routing: dict[str, Any] = field(default_factory=dict)
 
 
-def train_step(
-    module: TrainModule, batches: Sequence[MicroBatch], lr: float, step: int = 0
-) -> StepResult:
+def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) -> StepResult:
     """Count label tokens, forward and backward, finalise, clip, check, step.
 
     The loss is the sum over all label tokens of the global batch, divided by their number,
@@ -53,18 +56,26 @@ def train_step(
 
     Args:
         batches: this rank's micro-batches; every rank has equally many.
-        lr: learning rate of this step.
-        step: number of this step, from 0.
+        step: its number, from 0: learning rates follow from it.
     """
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
     module.routers.begin(step, batches, label_tokens, tokens, samples)
     sums = _forward_backward(module, batches)
-    set_rates(module.optimizer, module.recipe.trainer, lr)
+    lrs = rates(step, module.recipe)
+    set_rates(module.optimizer, lrs)
     hold_experts(module.recipe, module.wrapped, module.optimizer, step)
     _, grad_norm, _ = module.optimizer.step()
-    routing = module.routers.end()
-    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples, routing)
+    return StepResult(
+        sums=sums,
+        grad_norm=float(grad_norm or 0.0),
+        label_tokens=label_tokens,
+        tokens=tokens,
+        samples=samples,
+        lr=lrs[""].lr,
+        lrs={part: rate.lr for part, rate in lrs.items() if rate.lr != lrs[""].lr},
+        routing=module.routers.end(),
+    )
 
 
 def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:

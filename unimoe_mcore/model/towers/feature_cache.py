@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import zlib
+from collections.abc import Callable
 from itertools import batched
 from pathlib import Path
 
@@ -35,10 +36,20 @@ class FeatureCache:
     Attributes:
         encoder: the encoder behind the cache.
         folder: this encoder's folder.
+        given: whether the encoder's weights are another run's, not the published ones.
     """
 
-    def __init__(self, root: Path, encoder: Encoder) -> None:
+    def __init__(
+        self, root: Path, encoder: Encoder, again: Callable[[], Encoder] | None = None
+    ) -> None:
+        """Describe the encoder's folder.
+
+        Args:
+            again: builds an encoder with the same weights; None where the configuration says all.
+        """
         self.encoder = encoder
+        self.given = again is not None
+        self._again = again or (lambda: build_encoder(encoder.config))
         self._released = False
         fingerprint = encoder.fingerprint()
         self.folder = root / f"{encoder.name}-{fingerprint[:16]}"
@@ -52,10 +63,10 @@ class FeatureCache:
         self.encoder.to("meta")
         self._released = True
 
-    def _ready(self) -> Encoder:
+    def ready(self) -> Encoder:
         """The encoder with its weights."""
         if self._released:
-            self.encoder = build_encoder(self.encoder.config)
+            self.encoder = self._again()
             self._released = False
         return self.encoder
 
@@ -83,7 +94,7 @@ class FeatureCache:
             else:
                 found[path] = stored
         for chunk in batched(misses.items(), _CHUNK):
-            encoded = self._ready().encode([medium for _, medium in chunk])
+            encoded = self.ready().encode([medium for _, medium in chunk])
             for (path, _), features in zip(chunk, encoded, strict=True):
                 self._write(path, _pack(features.numpy()))
                 found[path] = features

@@ -1,4 +1,4 @@
-"""A tower: a frozen encoder and the trained connector that leads into the language model."""
+"""A tower: an encoder and the connector that leads into the language model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -15,25 +16,34 @@ from unimoe_mcore.config.towers import TowerConfig, tower_modalities
 from unimoe_mcore.model.connectors import build_connector
 from unimoe_mcore.model.connectors.frame_tokens import FrameReducer
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
+from unimoe_mcore.model.towers.live_encoder import LiveEncoder
+
+_ENCODER = "encoders.encoder."  # of a trained encoder's parameters in the tower
 
 
 class Tower(ModalitySubmodules):
     """Media of one kind in, language-model embeddings out.
 
-    The encoder is held by the feature cache, outside the module tree: it is frozen, so it is
-    neither cast, nor wrapped for gradient reduction, nor saved.
+    A frozen encoder is held by the feature cache, outside the module tree, so it is neither cast,
+    nor wrapped for gradient reduction, nor saved. One that trains is a submodule like any other.
 
-    The connector takes part in every forward pass, with an empty batch where a rank has no
+    What trains takes part in every forward pass, with an empty batch where a rank has no
     medium of this kind: all ranks then have the same gradients to reduce.
     """
 
     def __init__(
-        self, name: str, config: TowerConfig, features: FeatureCache, hidden: int, groups: Any
+        self,
+        name: str,
+        config: TowerConfig,
+        features: FeatureCache | LiveEncoder,
+        hidden: int,
+        groups: Any,
     ) -> None:
         encoder = features.encoder
         tokens = encoder.cells if "image" in encoder.modalities else None
         connector = build_connector(config.connector, encoder.feature_size, hidden, tokens)
-        super().__init__(input_projections=[connector])
+        trained = {"encoder": encoder} if isinstance(features, LiveEncoder) else {}
+        super().__init__(encoders=trained, input_projections=[connector])
         self.name = name
         self.features = features
         self.frame_order = config.frame_order
@@ -65,9 +75,14 @@ class Tower(ModalitySubmodules):
     def connect(self, features: Sequence[Tensor]) -> Tensor:
         """Features of several media, each ``[features, size]``, as ``[tokens, hidden]``."""
         weight = next(self.input_projections.parameters())
-        size = self.features.encoder.feature_size
-        joined = torch.cat([weight.new_zeros((0, size)), *(f.to(weight) for f in features)])
+        joined = torch.cat([self._nothing(weight), *(f.to(weight) for f in features)])
         return self.input_projections[0](joined, [len(f) for f in features])
+
+    def _nothing(self, weight: Tensor) -> Tensor:
+        """Features of no medium, ``[0, size]``."""
+        if isinstance(self.features, LiveEncoder):
+            return self.features.nothing().to(weight)
+        return weight.new_zeros((0, self.features.encoder.feature_size))
 
     def _pictures(self, images: list[Medium], videos: list[Medium]) -> dict[str, Tensor]:
         pictures = self.features.features(images)
@@ -100,10 +115,11 @@ class Tower(ModalitySubmodules):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The connector's weights, replicated over tensor and data parallel ranks.
+        """The weights in the module tree, replicated over tensor and data parallel ranks.
 
-        On disk they are called ``connector.<tower>...``. Upstream's form hands no tensor-parallel
-        group on, so that every such rank would claim to be the one that writes.
+        On disk they are called ``connector.<tower>...`` and ``encoder.<tower>...``. Upstream's
+        form hands no tensor-parallel group on, so that every such rank would claim to be the one
+        that writes.
         """
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -114,6 +130,26 @@ class Tower(ModalitySubmodules):
             dp_cp_group=self.groups.dp_cp,
         )
         for name, sharded in state.items():
-            tail = name.removeprefix(prefix).replace("input_projections.0.", "")
-            sharded.key = f"connector.{self.name}.{tail}"
+            tail = name.removeprefix(prefix)
+            if tail.startswith(_ENCODER):
+                sharded.key = f"encoder.{self.name}.{tail.removeprefix(_ENCODER)}"
+            else:
+                tail = tail.replace("input_projections.0.", "")
+                sharded.key = f"connector.{self.name}.{tail}"
         return state
+
+    def passed_on(self) -> list[ShardedTensor]:
+        """A frozen encoder's weights where a run before has trained them; else nothing.
+
+        They belong to the connector: whoever takes that needs them too.
+        """
+        if isinstance(self.features, LiveEncoder) or not self.features.given:
+            return []
+        state = make_sharded_tensors_for_checkpoint(
+            self.features.ready().state_dict(),
+            f"encoder.{self.name}.",
+            {},
+            tp_group=self.groups.tp,
+            dp_cp_group=self.groups.dp_cp,
+        )
+        return list(state.values())

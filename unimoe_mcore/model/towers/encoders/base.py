@@ -1,4 +1,4 @@
-"""What every frozen encoder is, and the registry that finds one by its name."""
+"""What every encoder is, and the registry that finds one by its name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from unimoe_mcore.config.towers import EncoderConfig
 
 
 class Encoder(nn.Module):
-    """A frozen network from media to features.
+    """A network from media to features, frozen unless a recipe trains it.
 
-    It never trains: it stays in evaluation mode, its weights take no gradient, and it draws no
-    random numbers. It runs on whatever device its weights are on. The features of a medium do
-    not depend on which media are encoded with it.
+    It stays in evaluation mode, also where it trains, and draws no random numbers. It runs on
+    whatever device its weights are on. The features of a medium do not depend on which media are
+    encoded with it.
 
     A subclass loads its weights, calls ``freeze``, and implements ``_encode`` and ``settings``.
 
@@ -80,6 +80,16 @@ class Encoder(nn.Module):
             digest.update(raw.numpy().tobytes())
         return digest.hexdigest()
 
+    def forward(self, media: list[Medium]) -> list[Tensor]:
+        """``encode`` with gradient, in the type and on the device of the weights."""
+        for medium in media:
+            if medium.modality not in self.modalities:
+                raise UserError(
+                    f"The encoder '{self.name}' reads {' and '.join(self.modalities)}, but "
+                    f"{medium.source} is {medium.modality}; give that modality its own tower."
+                )
+        return self._encode(media)
+
     @torch.no_grad()
     def encode(self, media: list[Medium]) -> list[Tensor]:
         """Encode media of this encoder's modalities.
@@ -93,21 +103,15 @@ class Encoder(nn.Module):
             UserError: a medium of a modality that this encoder does not read.
             BrokenMediumError: a medium that cannot be decoded.
         """
-        for medium in media:
-            if medium.modality not in self.modalities:
-                raise UserError(
-                    f"The encoder '{self.name}' reads {' and '.join(self.modalities)}, but "
-                    f"{medium.source} is {medium.modality}; give that modality its own tower."
-                )
         largest = torch.finfo(torch.float16).max
         # Clamped: an infinity in the cache would poison every step that meets it.
         return [
             features.clamp(-largest, largest).to("cpu", torch.float16).contiguous()
-            for features in self._encode(media)
+            for features in self(media)
         ]
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
-        """``encode`` in any floating-point type and on any device."""
+        """``forward`` of media that this encoder reads."""
         raise NotImplementedError
 
     def _weight(self) -> Tensor:
