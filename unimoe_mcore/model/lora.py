@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from unimoe_mcore.config.model import LoRAConfig
 
+EXPERT_PARTIAL = "expert_tensor_partial"
+"""Mark of parameters whose gradient must be summed over the ranks that share an expert's matrices
+(``unimoe_mcore.training.gradients``)."""
+
 _LINEARS = {
     "attention": ("linear_qkv", "linear_proj"),
     "mlp": ("linear_fc1", "linear_fc2"),
@@ -160,15 +164,23 @@ def _adapt(layer: ColumnParallelLinear | RowParallelLinear, config: LoRAConfig) 
         layer.__class__ = LoRARowLinear
     nn.init.zeros_(layer.lora_b.weight)
     layer.lora_scale = config.alpha / config.rank
-    # The replicated half is an ordinary nn.Linear: Megatron reduces its gradient in the same
-    # buffer as the frozen weight's, and over the tensor-parallel group under sequence parallelism.
-    marks: dict[str, Any] = {
-        "sequence_parallel": layer.config.sequence_parallel and not layer.is_expert
-    }
-    if layer.is_expert:
-        marks["allreduce"] = layer.weight.allreduce
-    for mark, value in marks.items():
-        setattr(replicated.weight, mark, value)
+    _mark(replicated.weight, layer)
+
+
+def _mark(replicated: nn.Parameter, layer: ColumnParallelLinear | RowParallelLinear) -> None:
+    """Say how the gradient of an adapter's replicated half is made whole.
+
+    It is an ordinary ``nn.Linear``. Outside of experts every tensor rank sees a part of the
+    sequence, which Megatron knows by ``sequence_parallel``. In an expert every rank that shares
+    its matrices sees all of its tokens, but only what its own shard of the other half makes of
+    them: the gradient is a part of a sum over these ranks. ``allreduce`` names the group of
+    replicas, which must be the frozen weight's.
+    """
+    if not layer.is_expert:
+        replicated.sequence_parallel = layer.config.sequence_parallel  # type: ignore[attr-defined]
+        return
+    replicated.allreduce = layer.weight.allreduce  # type: ignore[attr-defined]
+    setattr(replicated, EXPERT_PARTIAL, layer.tp_group.size() > 1)
 
 
 def lora_initial(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

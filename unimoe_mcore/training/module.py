@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -25,6 +22,7 @@ from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.precision import DTYPES
+from unimoe_mcore.training.gradients import finalise_gradients
 from unimoe_mcore.training.optimizer import build_optimizer
 
 
@@ -62,7 +60,9 @@ class TrainModule:
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = partial(
+            finalise_gradients, expert_tensor_group=groups.expt_tp
+        )
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     def _check_all_train(self, parts: Sequence[str]) -> None:
