@@ -37,6 +37,10 @@ SEEDS = 6
 
 TENSOR = ("parallel.tensor=2", "parallel.sequence_parallel=true")
 PIPELINE = ("parallel.pipeline=2",)
+TEXT = (
+    "stage.expert_datasets.text={twins: 1.0}",
+    "data.datasets=${stage.expert_datasets.text}",
+)
 NO_ROUTING = "trainer.evaluation.routing=false"
 
 
@@ -75,8 +79,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "stage 1": ("stage1", ()),
     "stage 2": ("stage2", ("stage.expert=speech",)),
     "stage 3": ("stage3", ()),
-    "stage 1, text only": ("stage1", ("stage.train=[connector.speech]", "data.datasets={twins: 1.0}")),
-    "stage 3, text only": ("stage3", ("data.datasets={twins: 1.0}",)),
+    "stage 1, text only": ("stage1", ("stage.train=[connector.speech]", *TEXT)),
+    "stage 3, text only": ("stage3", TEXT),
 }
 """Name -> recipe and overrides. The text-only ones have no medium on any rank."""
 
@@ -93,7 +97,12 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Name -> overrides and cut (``tests/training/cases_equalities.py``)."""
 
-EVERYWHERE = ("model.language.blocks=4", "data.global_samples=16", NO_ROUTING)
+EVERYWHERE = (
+    "model.language.blocks=4",
+    "data.global_samples=16",
+    "trainer.steps=8",
+    NO_ROUTING,
+)
 
 
 def main(overrides: Sequence[str]) -> int:

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from tests.training.cases_stages import composed, layouts, opened
+from tests.training.cases_stages import composed, layouts, opened, run_stage
 from unimoe_mcore.checkpoints.store import sharded_tensors
 from unimoe_mcore.checkpoints.training import load_checkpoint, read_state
 from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model import language
 from unimoe_mcore.model.lora import LoRAColumnLinear, LoRARowLinear
 from unimoe_mcore.runtime import groups
+from unimoe_mcore.runtime.run_directory import read_lines
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
@@ -38,14 +39,19 @@ def layouts_and_guards(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
             "interleaved": _interleaved(folder),
             "adapters": _adapters_over_layouts(folder),
             "boundaries": _boundaries(folder),
+            "untested": _untested(folder),
         }
     }
 
 
-def questions_of_one(folder: str) -> dict[str, float]:
-    """The loss of every held-out question in one process (four blocks, before training)."""
-    stage = opened(composed(folder, "base", "name=asked-1", "model.language.blocks=4", NO_ROUTING))
-    return _asked(stage)
+def references(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
+    """One process: a base and connectors of four blocks, ``layouts``, and held-out questions."""
+    blocks, unjudged = INTERLEAVED[0], ("trainer.steps=1", "trainer.evaluation.after=false")
+    run_stage(composed(folder, "base", "name=four-blocks", blocks, *unjudged))
+    base = f"stage.base={folder}/runs/four-blocks/gives"
+    run_stage(composed(folder, "stage1", "name=four-blocks-1", blocks, base, *unjudged))
+    asked = _asked(opened(composed(folder, "base", "name=asked-1", blocks, NO_ROUTING)))
+    return layouts(folder, cases) | {"asked": asked}
 
 
 def _close(stage: StageRun) -> None:
@@ -162,6 +168,16 @@ def _adapters_over_layouts(folder: str) -> dict[str, Any]:
     loaded = _steps(stage, 2, 3)
     _close(stage)
     return {"went on": went_on, "loaded": loaded}
+
+
+def _untested(folder: str) -> list[dict[str, Any]]:
+    """The event of a layout that was allowed without having been compared."""
+    layout = ("parallel.expert=1", "parallel.expert_tensor=2", "parallel.allow_untested=true")
+    stage = opened(composed(folder, "stage3", "name=untested", *layout, *TENSOR))
+    stage._announce()
+    _close(stage)
+    events = read_lines(stage.directory.path / "events.jsonl")
+    return [event for event in events if event["event"] == "untested layout"]
 
 
 def _boundaries(folder: str) -> str:

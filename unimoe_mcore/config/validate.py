@@ -272,7 +272,7 @@ def _experts(recipe: Recipe) -> Iterator[str]:
         for key in ("expert", "expert_tensor"):
             size = getattr(parallel, key)
             if size > 1:
-                yield f"parallel.{key}={size}, but a {recipe.stage.kind} stage has no experts"
+                yield f"parallel.{key}={size}, but {recipe.stage.kind} stages have no experts"
     stages = parallel.pipeline * parallel.virtual_pipeline
     if language.blocks % stages:
         yield f"{language.blocks} blocks cannot be divided evenly over {stages} pipeline stages"
