@@ -109,9 +109,7 @@ def main(overrides: Sequence[str]) -> int:
     """Build, run, compare, write."""
     began = time.perf_counter()
     with TemporaryDirectory(prefix="equalities-") as name:
-        run_distributed(
-            "tests.training.cases_equalities:build_world", 2, timeout=1200, folder=name
-        )
+        run_distributed("tests.training.cases_equalities:build_world", 2, timeout=1200, folder=name)
         references = _run(name, 1, _reference_cases())
         spreads = {stage: _spread(stage, references) for stage in STAGES}
         rows = []
@@ -310,8 +308,8 @@ Stage 3 has LoRA on attention, dense MLPs and experts.
   as explained by it.
 - **balanced, sharded**: `data.deal`. **skewed**: pictures on the first rank only, sounds on the
   last only. **unpacked**: every sample a micro-batch of its own (so positions restart and attention
-  stays inside samples where they are packed). **accumulated**: `data.tokens_per_microbatch` so small
-  that there are about four micro-batches. **text only**: no medium on any rank; in stage 1 only the
+  stays inside samples where they are packed). **accumulated**: `data.tokens_per_microbatch` small
+  enough for about four micro-batches. **text only**: no medium on any rank; in stage 1 only the
   speech connector trains then, whose gradient is exactly zero.
 - Two virtual stages need an even number of micro-batches.
 """
@@ -321,7 +319,6 @@ def _write(
     rows: list[Row], spreads: dict[str, Spread], overrides: Sequence[str], seconds: float
 ) -> None:
     failed = [row for row in rows if row.failed]
-    named = [row for row in rows if row.flips]
     plain = [row for row in rows if not row.flips]
     columns = (
         "stage", "layout", "variant", "micro-batches", "loss", "norm", "later: loss, spreads",
@@ -334,8 +331,8 @@ def _write(
         f"{seconds:.0f} s. Overrides of all layouts: {' '.join(overrides) or 'none'}.",
         "",
         f"**{len(rows)} runs, {len(rows) - len(failed)} equal to one process**, of these "
-        f"{len(named) - sum(row.failed for row in named)} with a token that changed its expert on a "
-        f"near-tie. Largest first-step difference: loss {max(row.loss for row in plain):.1e}, "
+        f"{sum(not row.failed for row in rows if row.flips)} with a token that changed its expert "
+        f"on a near-tie. Largest first-step difference: loss {max(row.loss for row in plain):.1e}, "
         f"gradient norm {max(row.norm for row in plain):.1e}; later steps: "
         f"{max(row.later_loss for row in plain):.1f} and "
         f"{max(row.later_norm for row in plain):.1f} spreads. Kinds of layouts tested: "

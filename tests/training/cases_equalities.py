@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -21,7 +22,6 @@ from unimoe_mcore.runtime import groups
 from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
-
 
 WORLD = "model.language.blocks=4"
 """Enough blocks for two stages of two pieces each."""
@@ -103,7 +103,7 @@ def recut(stage: StageRun, batches: list[MicroBatch], cut: str, seed: str) -> li
     draw.shuffle(samples)
     places = sorted(draw.sample(range(1, len(samples)), draw.randint(0, 3)))
     bounds = [0, *places, len(samples)]
-    return [packed(stage, samples[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [packed(stage, samples[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def even(stage: StageRun, batches: list[MicroBatch]) -> list[MicroBatch]:

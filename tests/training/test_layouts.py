@@ -28,7 +28,12 @@ TENSOR = [
 ]
 SPEECH = ["stage.expert=speech"]
 EXPERT_TENSOR = ["parallel.expert=2", "parallel.expert_tensor=2"]
-INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.expert=1", NO_ROUTING]
+INTERLEAVED = [
+    "parallel.pipeline=2",
+    "parallel.virtual_pipeline=2",
+    "parallel.expert=1",
+    NO_ROUTING,
+]
 FOUR_BLOCKS = ["model.language.blocks=4"]
 # Two pieces a stage need four blocks, which only the base can have here: all experts are its own.
 OWN = [

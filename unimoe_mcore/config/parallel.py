@@ -49,8 +49,8 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("tensor", "expert"),
     ("expert", "expert_tensor"),
 )
-"""The layouts that the table of equalities (``benchmarks/equalities.py``) compares with one process:
-the sizes above 1 of each, all with any number of data-parallel ranks."""
+"""The layouts that ``benchmarks/equalities.py`` compares with one process: the sizes above 1 of
+each, with any number of data-parallel ranks. ``docs/results/equalities.md`` has the figures."""
 
 
 def features(parallel: ParallelConfig) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 Choices = dict[str, tuple[int, float]]
-"""``block/dataset/sample/position`` -> the chosen experts as a sum of powers of two, and the margin:
-logit of the last expert chosen less that of the first one not chosen."""
+"""``block/dataset/sample/position`` -> the chosen experts as a sum of powers of two, and the
+margin: logit of the last expert chosen less that of the first one not chosen."""
 
 
 class ChoiceRecorder:
@@ -41,9 +41,7 @@ class ChoiceRecorder:
         for _, block, router in self._routers:
             kept = self._kept[block] = []
 
-            def keep(
-                module: Any, inputs: tuple[Any, ...], output: Any, kept: Any = kept
-            ) -> None:
+            def keep(module: Any, inputs: tuple[Any, ...], output: Any, kept: Any = kept) -> None:
                 with torch.no_grad():
                     logits = module.gating(inputs[0]).float().flatten(0, -2)
                 kept.append(chosen_and_margin(logits, output[1].detach().bool()))
