@@ -50,11 +50,17 @@ class Ranks:
         count: how many.
         lockstep: how many neighbours wait for each other in every layer (expert parallelism).
         capacity: most tokens of a micro-batch.
+        multiple: of which the number of micro-batches is one (interleaved pipeline stages).
     """
 
     count: int
     lockstep: int
     capacity: int
+    multiple: int = 1
+
+    def rounded(self, microbatches: int) -> int:
+        """The next possible number of micro-batches."""
+        return -(-microbatches // self.multiple) * self.multiple
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def packed(work: StepWork, dealt: Dealt, ranks: Ranks) -> Dealt:
             room[place] -= tokens
             micro[item] = place
         most = max(most, len(room))
-    return Dealt(dealt.rank, micro, most)
+    return Dealt(dealt.rank, micro, ranks.rounded(most))
 
 
 def numbers_of_microbatches(tokens: np.ndarray, ranks: Ranks) -> Iterator[int]:
@@ -138,9 +144,10 @@ def numbers_of_microbatches(tokens: np.ndarray, ranks: Ranks) -> Iterator[int]:
     total, alone = int(tokens.sum()), int((tokens > ranks.capacity // 2).sum())
     number = max(1, -(-total // (ranks.count * ranks.capacity)), -(-alone // ranks.count))
     enough = max(number, -(-len(tokens) // ranks.count))  # one sample a bin
+    number, enough = ranks.rounded(number), ranks.rounded(enough)
     while number < enough:
         yield number
-        number += max(1, number // 8)
+        number = ranks.rounded(number + max(1, number // 8))
     yield enough
 
 

@@ -29,6 +29,7 @@ class MicroBatch:
         max_seqlen: length of the longest sequence, tokens.
         media: media by modality, in the order in which their markers appear.
         samples: the samples, in order.
+        pad: token id of padding.
     """
 
     input_ids: Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     max_seqlen: int
     media: dict[str, list[Medium]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    pad: int = 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on a device; media stay where they are."""
@@ -51,6 +53,28 @@ class MicroBatch:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    def lengthened(self, length: int) -> MicroBatch:
+        """The same micro-batch with padding up to ``length`` tokens."""
+        before = self.input_ids.shape[1]
+        if before == length:
+            return self
+        filled = {
+            "input_ids": self.pad,
+            "labels": 0,
+            "loss_mask": 0.0,
+            "position_ids": 0,
+            "padding_mask": True,
+            "group": -1,
+            "sample": -1,
+        }
+        rows = {
+            name: torch.nn.functional.pad(getattr(self, name), (0, length - before), value=value)
+            for name, value in filled.items()
+        }
+        ends = _padding_ends(before, length, self.max_seqlen)
+        more = self.cu_seqlens.new_tensor(ends)
+        return replace(self, **rows, cu_seqlens=torch.cat([self.cu_seqlens, more]))
 
     @property
     def label_tokens(self) -> int:
@@ -85,6 +109,7 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple: int) -> MicroBatch
         max_seqlen=longest,
         media={modality: [] for modality in MODALITIES},
         samples=list(samples),
+        pad=pad_id,
     )
     ends, start = [0], 0
     for number, sample in enumerate(samples):
@@ -103,8 +128,11 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple: int) -> MicroBatch
         ends.append(end)
         start = end
     batch.labels *= batch.loss_mask.bool()
-    while start < length:
-        start = min(length, start + longest)
-        ends.append(start)
+    ends += _padding_ends(start, length, longest)
     batch.cu_seqlens = torch.tensor(ends, dtype=torch.int32)
     return batch
+
+
+def _padding_ends(start: int, length: int, longest: int) -> list[int]:
+    """Ends of the sequences that padding from ``start`` to ``length`` is cut into."""
+    return [min(length, end) for end in range(start + longest, length + longest, longest)]

@@ -113,6 +113,44 @@ def test_router_settings_that_would_do_nothing_are_refused() -> None:
     assert compose_recipe("stage3", bias).model.moe.balance == "bias"
 
 
+def test_all_problems_of_a_layout_are_told_with_the_others() -> None:
+    with pytest.raises(UserError) as refused:
+        compose_recipe(
+            "stage3",
+            [
+                "parallel.tensor=2", "parallel.pipeline=3", "parallel.expert_tensor=5",
+                "parallel.expert=3", "parallel.virtual_pipeline=2", "parallel.context=2",
+            ],
+            world_size=8,
+        )  # fmt: skip
+    for words in (
+        "makes groups of 12, which do not divide 8 processes",
+        "makes groups of 45, which do not divide 8 processes",
+        "parallel.context=2 is not possible yet",
+        "parallel.tensor=2 needs parallel.sequence_parallel=true",
+        "parallel.expert=3 does not divide the 4 experts",
+        "model.language.ffn=672 is not divisible by parallel.expert_tensor=5",
+        "4 blocks cannot be divided evenly over 6 pipeline stages",
+        "was never compared with one process",
+    ):
+        assert words in str(refused.value)
+
+
+def test_an_untested_layout_needs_a_word() -> None:
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=2"]
+    layout += ["parallel.expert=1", "trainer.evaluation.routing=false"]
+    with pytest.raises(UserError, match=r"tensor x pipeline .* parallel\.allow_untested=true"):
+        compose_recipe("stage3", layout, world_size=4)
+    allowed = compose_recipe("stage3", [*layout, "parallel.allow_untested=true"], world_size=4)
+    assert allowed.parallel.allow_untested
+
+
+def test_a_stage_without_experts_has_none_to_divide() -> None:
+    for key in ("expert", "expert_tensor"):
+        with pytest.raises(UserError, match=f"parallel.{key}=2, but align stages have no experts"):
+            compose_recipe("stage1", [f"parallel.{key}=2"])
+
+
 def test_uniform_steps_cannot_be_sharded() -> None:
     for override in ("data.compose=uniform", "data.changes=[{step: 9, compose: uniform}]"):
         with pytest.raises(UserError, match=r"choose data\.deal=balanced"):

@@ -37,9 +37,12 @@ steps = st.fixed_dictionaries(
     }
 )
 worlds = st.builds(
-    lambda lockstep, groups: Ranks(lockstep * max(1, groups // lockstep), lockstep, CAPACITY),
+    lambda lockstep, groups, multiple: Ranks(
+        lockstep * max(1, groups // lockstep), lockstep, CAPACITY, multiple
+    ),
     st.sampled_from([1, 2, 4, 8]),
     st.integers(1, 64),
+    st.sampled_from([1, 1, 2, 3]),
 )
 
 
@@ -56,6 +59,7 @@ def work_of(tokens: list[int], seed: int = 0, kinds: int = 1, encoder: int = 0) 
 
 def check(dealt: Dealt, work: StepWork, ranks: Ranks) -> None:
     """Every sample once, every rank equally many micro-batches, none too long."""
+    assert dealt.microbatches % ranks.multiple == 0
     taken = []
     for rank in range(ranks.count):
         micro = dealt.of(rank)

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.distributed import RankError, run_distributed
-from unimoe_mcore.config.parallel import ParallelConfig, check_layout
+from unimoe_mcore.config.parallel import (
+    ParallelConfig,
+    check_layout,
+    check_tested,
+    lockstep_ranks,
+)
 from unimoe_mcore.runtime.groups import layout_flags
 
 
@@ -18,6 +24,7 @@ from unimoe_mcore.runtime.groups import layout_flags
         (ParallelConfig(tensor=2, sequence_parallel=True, expert=4, pipeline=2), 8),
         (ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), 4),
         (ParallelConfig(pipeline=2), 4),
+        (ParallelConfig(pipeline=2, virtual_pipeline=2), 2),
     ],
 )
 def test_possible_layouts(parallel: ParallelConfig, world_size: int) -> None:
@@ -29,7 +36,7 @@ def test_possible_layouts(parallel: ParallelConfig, world_size: int) -> None:
     [
         (ParallelConfig(expert=4), 2, "parallel.expert=4 x"),
         (ParallelConfig(pipeline=3), 4, "groups of 3, which do not divide 4 processes"),
-        (ParallelConfig(pipeline=2, virtual_pipeline=2), 2, "evaluation does not run under"),
+        (ParallelConfig(virtual_pipeline=2), 2, "needs parallel.pipeline > 1"),
         (ParallelConfig(context=2), 2, "parallel.context=2 is not possible yet"),
         (ParallelConfig(tensor=2), 2, "needs parallel.sequence_parallel=true"),
         (ParallelConfig(sequence_parallel=True), 2, "needs parallel.tensor > 1"),
@@ -45,6 +52,65 @@ def test_every_problem_is_reported() -> None:
     problems = check_layout(ParallelConfig(tensor=2, expert=3, virtual_pipeline=2), 3)
     assert len(problems) == 3
     assert len(check_layout(ParallelConfig(tensor=-1, expert=0), 0)) == 3
+
+
+UNTESTED = ParallelConfig(tensor=2, sequence_parallel=True, pipeline=2)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(pipeline=4, expert=8),
+        ParallelConfig(expert=2, expert_tensor=2),
+        replace(UNTESTED, allow_untested=True),
+    ],
+)
+def test_tested_layouts_and_allowed_ones_pass(parallel: ParallelConfig) -> None:
+    assert check_tested(parallel) == []
+
+
+def test_an_untested_layout_is_refused_with_what_was_tested() -> None:
+    (sentence,) = check_tested(UNTESTED)
+    assert "the layout tensor x pipeline was never compared" in sentence
+    assert "parallel.allow_untested=true" in sentence
+    for kind in ("pipeline x virtual_pipeline", "expert x expert_tensor", "data parallelism alone"):
+        assert kind in sentence
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [
+        (ParallelConfig(), 1),
+        (ParallelConfig(expert=4), 4),
+        (ParallelConfig(expert=2, expert_tensor=2), 4),
+        (ParallelConfig(tensor=2, expert=2), 1),
+        (ParallelConfig(tensor=2, expert=4), 2),
+        (ParallelConfig(tensor=4, expert=2), 1),
+        (ParallelConfig(tensor=2, expert=3), 3),
+        (ParallelConfig(tensor=4, expert=6), 3),
+    ],
+)
+def test_ranks_in_lockstep_are_those_that_share_experts(
+    parallel: ParallelConfig, ranks: int
+) -> None:
+    """Against the definition: follow groups of experts from process to process."""
+    assert lockstep_ranks(parallel) == ranks
+    world = parallel.tensor * parallel.expert * parallel.expert_tensor * 4
+    experts, linked = parallel.expert * parallel.expert_tensor, {0}
+    while True:
+        groups_met = {r * parallel.tensor // experts for r in linked} | {
+            (r * parallel.tensor + parallel.tensor - 1) // experts for r in linked
+        }
+        more = {
+            process // parallel.tensor
+            for process in range(world)
+            if process // experts in groups_met
+        }
+        if more == linked:
+            break
+        linked = more
+    assert linked == set(range(ranks))
 
 
 def test_interleaved_stages_do_not_batch_their_messages() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
-from unimoe_mcore.config.parallel import check_layout
+from unimoe_mcore.config.parallel import check_layout, check_tested
 from unimoe_mcore.config.rates import rate_problems
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.routing import check_routing
@@ -44,6 +44,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> list[str]:
         problems += _tower(name, tower)
     if not problems:
         problems += check_layout(recipe.parallel, world_size or recipe.parallel.processes)
+        problems += check_tested(recipe.parallel)
         problems += _experts(recipe)
     return problems
 
@@ -271,8 +272,16 @@ def _experts(recipe: Recipe) -> Iterator[str]:
             )
         if not moe_blocks(recipe.model.moe.placement, language.blocks):
             yield f"model.moe.placement={recipe.model.moe.placement} leaves no block with experts"
-    elif parallel.expert > 1:
-        yield f"parallel.expert={parallel.expert}, but a {recipe.stage.kind} stage has no experts"
+        if language.ffn % parallel.expert_tensor:
+            yield (
+                f"model.language.ffn={language.ffn} is not divisible by "
+                f"parallel.expert_tensor={parallel.expert_tensor}"
+            )
+    else:
+        for key in ("expert", "expert_tensor"):
+            size = getattr(parallel, key)
+            if size > 1:
+                yield f"parallel.{key}={size}, but {recipe.stage.kind} stages have no experts"
     stages = parallel.pipeline * parallel.virtual_pipeline
     if language.blocks % stages:
         yield f"{language.blocks} blocks cannot be divided evenly over {stages} pipeline stages"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from data_pipeline.reading.collate import MicroBatch
 from unimoe_mcore.model.unimoe import UniMoEModel
+
+
+def routers(chunks: Sequence[UniMoEModel]) -> Iterator[tuple[UniMoEModel, int, TopKRouter]]:
+    """Every router of this rank, with its chunk and the number of its transformer block."""
+    for chunk in chunks:
+        for layer in chunk.language_model.decoder.layers:
+            for module in layer.modules():
+                if isinstance(module, TopKRouter):
+                    yield chunk, (layer.layer_number - 1) // 2, module
 
 
 class RoutingRecorder:
@@ -28,11 +37,7 @@ class RoutingRecorder:
         self._hooks: list[RemovableHandle] = []
         if not enabled:
             return
-        for chunk in chunks:
-            for layer in chunk.language_model.decoder.layers:
-                for module in layer.modules():
-                    if isinstance(module, TopKRouter):
-                        self._routers[(layer.layer_number - 1) // 2] = module
+        self._routers = {block: router for _, block, router in routers(chunks)}
 
     def __enter__(self) -> RoutingRecorder:
         for block, router in self._routers.items():

@@ -40,7 +40,15 @@ def judge(module: TrainModule, batches: Sequence[MicroBatch]) -> list[Judgement]
     """
     for chunk in module.wrapped:
         chunk.eval()
-    return run_schedule(module, batches, _forward, forward_only=True, collect_non_loss_data=True)
+    found: list[Judgement] = run_schedule(
+        module, batches, _forward, forward_only=True, collect_non_loss_data=True
+    )
+    # The schedule may have lengthened rows.
+    lengths = [batch.loss_mask.shape[1] for batch in batches]
+    return [
+        Judgement(judgement.losses[:length], judgement.correct[:length])
+        for judgement, length in zip(found, lengths, strict=False)
+    ]
 
 
 def _forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:

@@ -36,6 +36,14 @@ from unimoe_mcore.checkpoints.training import (
     read_state,
 )
 from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.config.parallel import (
+    TESTED,
+    features,
+    layout_words,
+    lockstep_ranks,
+    microbatch_multiple,
+    tested_layouts,
+)
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
@@ -89,7 +97,10 @@ class StageRun:
         )
         self.checkpoints = CheckpointFolder(run.checkpoints, recipe.trainer.keep)
         self.ranks = Ranks(
-            self.module.data_ranks, lockstep_ranks(recipe), recipe.data.tokens_per_microbatch
+            self.module.data_ranks,
+            lockstep_ranks(recipe.parallel),
+            recipe.data.tokens_per_microbatch,
+            microbatch_multiple(recipe.parallel),
         )
         decided_by_first_rank(self._quarantine_what_killed)
         self.quarantine = Quarantine(run.quarantine, writes=self.first_rank)
@@ -218,8 +229,23 @@ class StageRun:
             write_text(self.directory.parameters, as_json(inventory))
             print(
                 f"{self.recipe.name}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M train, "
-                f"{ranks} processes, EP={self.recipe.parallel.expert}, {self.precision}\n"
+                f"{ranks} processes, {layout_words(self.recipe.parallel)}, {self.precision}\n"
                 f"{table(inventory, self.recipe)}",
+                flush=True,
+            )
+        self._warn_untested()
+
+    def _warn_untested(self) -> None:
+        """Say what was tested where the layout was not."""
+        parallel = self.recipe.parallel
+        if features(parallel) in TESTED:
+            return
+        kind, tested = " x ".join(features(parallel)), tested_layouts()
+        self.directory.event("untested layout", layout=kind, tested=tested)
+        if self.first_rank:
+            print(
+                f"{self.recipe.name}: the layout {kind} was never compared with one process; "
+                f"those that were: {'; '.join(tested)}",
                 flush=True,
             )
 
@@ -319,12 +345,6 @@ class StageRun:
 
     def _collate(self, samples: Sequence[Sample]) -> MicroBatch:
         return collate(samples, self.tokenizer.pad, self.recipe.data.pad_to)
-
-
-def lockstep_ranks(recipe: Recipe) -> int:
-    """Neighbouring data-parallel ranks that wait for each other in every MoE layer."""
-    parallel = recipe.parallel
-    return max(1, parallel.expert * parallel.expert_tensor // parallel.tensor)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def run_schedule(
     Returns:
         What the loss function reported for every micro-batch; empty but on the last stage.
     """
+    if len(module.wrapped) > 1:
+        # Interleaved stages cannot tell each other the length of a row (a stage would wait for the
+        # length of a message that the other sends only after this one's): all rows get the same.
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        batches = [batch.lengthened(longest) for batch in batches]
     iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in module.wrapped]
     reports: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
