@@ -50,7 +50,13 @@ def build_model(
     """
     experts, parallel = expert_count(recipe), recipe.parallel
     config = transformer_config(
-        recipe.model.language, recipe.model.moe, experts, parallel, dtype, kernels
+        recipe.model.language,
+        recipe.model.moe,
+        experts,
+        parallel,
+        dtype,
+        kernels,
+        recipe.trainer.recompute,
     )
     virtual = vp_stage or 0
     first = groups.pp.rank() == 0 and virtual == 0

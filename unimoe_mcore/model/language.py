@@ -31,6 +31,18 @@ from unimoe_mcore.model.attention import PackedAttention
 from unimoe_mcore.runtime.groups import layout_flags
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # By blocks: HybridModel counts attention and MLP as two layers.
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 2,
+    },
+}
+
+
 def transformer_config(
     language: LanguageConfig,
     moe: MoEConfig,
@@ -38,6 +50,7 @@ def transformer_config(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     kernels: dict[str, Any],
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
@@ -45,6 +58,7 @@ def transformer_config(
         experts: experts per MoE block; 0 for a dense model.
         dtype: of weights and activations.
         kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+        recompute: ``none``, ``selective`` or ``full``.
     """
     sparse: dict[str, Any] = {}
     if experts:
@@ -82,6 +96,7 @@ def transformer_config(
         variable_seq_lengths=True,
         calculate_per_token_loss=True,
         **layout_flags(parallel),
+        **_RECOMPUTE[recompute],
         **sparse,
         **kernels,
     )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.runtime.run_directory import RunDirectory
+from unimoe_mcore.training.meter import Measured
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StepRecord:
         microbatches: on every rank.
         seconds: wall time of the step.
         data_seconds: of these, reading and packing on this rank.
+        measured: what the step cost.
     """
 
     step: int
@@ -41,13 +43,24 @@ class StepRecord:
     microbatches: int
     seconds: float
     data_seconds: float
+    measured: Measured
 
-    def flat(self) -> dict[str, Any]:
-        """As one line of ``metrics.jsonl``."""
-        fields = {k: v for k, v in vars(self).items() if k != "losses"}
+    def flat(self, peak: float) -> dict[str, Any]:
+        """As one line of ``metrics.jsonl``.
+
+        Args:
+            peak: operations a second that all ranks together could do at most.
+        """
+        fields = {k: v for k, v in vars(self).items() if k not in ("losses", "measured")}
+        fields |= vars(self.measured) | {
+            "tokens_per_second": self.tokens / self.seconds,
+            "samples_per_second": self.samples / self.seconds,
+            "operations_per_second": self.measured.operations / self.seconds,
+            "mfu": self.measured.operations / self.seconds / peak,
+        }
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
         # Losses unrounded: they are what a resumed run is compared by.
-        return {**rounded, **self.losses, "tokens_per_second": round(self.tokens / self.seconds)}
+        return {**rounded, **self.losses}
 
 
 class Callback(Protocol):
@@ -65,10 +78,15 @@ class Callback(Protocol):
 
 @dataclass
 class Metrics:
-    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it."""
+    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it.
+
+    Attributes:
+        peak: operations a second that all ranks together could do at most.
+    """
 
     run: RunDirectory
     recipe: Recipe
+    peak: float
     _mirror: Any = None
 
     def start(self, step: int) -> None:
@@ -79,8 +97,9 @@ class Metrics:
 
     def step(self, record: StepRecord) -> None:
         """Write one line."""
-        self.run.metrics(record.flat())
-        self._mirrored(lambda mirror: mirror.log(record.flat(), step=record.step))
+        line = record.flat(self.peak)
+        self.run.metrics(line)
+        self._mirrored(lambda mirror: mirror.log(line, step=record.step))
 
     def end(self) -> None:
         """Close the mirror."""

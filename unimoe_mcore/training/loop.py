@@ -47,6 +47,7 @@ def train(
             microbatches=len(batches),
             seconds=time.perf_counter() - began,
             data_seconds=read - began,
+            measured=result.measured,
         )
         for callback in callbacks:
             callback.step(record)

@@ -25,6 +25,7 @@ from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.precision import DTYPES
+from unimoe_mcore.training.meter import Meter
 from unimoe_mcore.training.optimizer import build_optimizer
 
 
@@ -34,6 +35,7 @@ class TrainModule:
     Attributes:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
         trained: trained parameters on this rank by part.
+        meter: measures its steps.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class TrainModule:
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
+        # Towers are on the first pipeline stage, the same on every tensor rank.
+        self.meter = Meter(recipe, self.towers(), groups.tp.rank() == groups.pp.rank() == 0)
 
     def _check_all_train(self, parts: Sequence[str]) -> None:
         """Refuse a part of ``stage.train`` that no rank has.

@@ -40,6 +40,7 @@ from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
 from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
+from unimoe_mcore.runtime.peak import Peak, matrix_peak
 from unimoe_mcore.runtime.precision import choose_precision
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 from unimoe_mcore.training.agreement import decided_by_first_rank
@@ -75,6 +76,9 @@ class StageRun:
         self.costs = decided_by_first_rank(lambda: costs_of(recipe))
         self.precision = decided_by_first_rank(
             lambda: choose_precision(recipe.trainer.precision).value
+        )
+        self.peak: Peak = decided_by_first_rank(
+            lambda: matrix_peak(self.precision, Path(recipe.paths.cache))
         )
         self.module = TrainModule(
             recipe,
@@ -143,7 +147,7 @@ class StageRun:
         if first == 0 and trainer.evaluation.before:
             self.evaluate("before")
         callbacks: list[Callback] = [
-            Metrics(self.directory, self.recipe),
+            Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
         ]
@@ -204,6 +208,7 @@ class StageRun:
             ranks=ranks,
             layout=layout,
             precision=self.precision,
+            peak=asdict(self.peak),
         )
         if self.first_rank:
             listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
+from unimoe_mcore.training.meter import Measured
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
 
@@ -31,6 +32,7 @@ class StepResult:
         label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
+        measured: what it cost.
     """
 
     sums: Tensor
@@ -38,6 +40,7 @@ class StepResult:
     label_tokens: int
     tokens: int
     samples: int
+    measured: Measured
 
 
 def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -50,12 +53,15 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], lr: float) ->
         batches: this rank's micro-batches; every rank has equally many.
         lr: learning rate of this step.
     """
+    module.meter.begin()
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
     sums = _forward_backward(module, batches)
     set_rates(module.optimizer, module.recipe.trainer, lr)
-    _, grad_norm, _ = module.optimizer.step()
-    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples)
+    with module.meter.optimizing():
+        _, grad_norm, _ = module.optimizer.step()
+    measured = module.meter.end(batches)
+    return StepResult(sums, float(grad_norm or 0.0), label_tokens, tokens, samples, measured)
 
 
 def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[int, int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unimoe_mcore.model.operations import Operations, product
+
 
 class FrameReducer(nn.Module):
     """Each frame's cells, narrowed and flattened, become one token.
@@ -29,6 +31,18 @@ class FrameReducer(nn.Module):
             nn.Linear(hidden, hidden),
         )
         self.positions = nn.Parameter(torch.randn(frames, hidden) * 0.02)
+
+    def operations(self, videos: int) -> Operations:
+        """Needed operations for some videos, whose features' own gradient nobody needs."""
+        trained = self.positions.requires_grad
+        narrow, first, last = self.narrow[1], self.project[1], self.project[3]
+        frames = videos * self.frames
+        cells = frames * first.in_features // narrow.out_features
+        done = Operations()
+        for rows, layer in ((cells, narrow), (frames, first), (frames, last)):
+            # All three: a norm that trains lies before the first.
+            done += product(rows, layer.in_features, layer.out_features, trained, trained)
+        return done
 
     def forward(self, features: Tensor) -> Tensor:
         """Connect videos; an empty batch keeps every parameter in the graph.

@@ -35,10 +35,12 @@ class FeatureCache:
     Attributes:
         encoder: the encoder behind the cache.
         folder: this encoder's folder.
+        operations: of the encoder for what it has encoded so far; what lay on disk cost none.
     """
 
     def __init__(self, root: Path, encoder: Encoder) -> None:
         self.encoder = encoder
+        self.operations = 0
         self._released = False
         fingerprint = encoder.fingerprint()
         self.folder = root / f"{encoder.name}-{fingerprint[:16]}"
@@ -85,6 +87,7 @@ class FeatureCache:
         for chunk in batched(misses.items(), _CHUNK):
             encoded = self._ready().encode([medium for _, medium in chunk])
             for (path, _), features in zip(chunk, encoded, strict=True):
+                self.operations += self.encoder.operations(features)
                 self._write(path, _pack(features.numpy()))
                 found[path] = features
         return [found[self._path(medium)] for medium in media]
