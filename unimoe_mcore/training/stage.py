@@ -57,6 +57,7 @@ from unimoe_mcore.training.data import (
 from unimoe_mcore.training.feed import Feed
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
+from unimoe_mcore.training.profile import Profile
 from unimoe_mcore.training.step import train_step
 
 
@@ -148,6 +149,7 @@ class StageRun:
             self.evaluate("before")
         callbacks: list[Callback] = [
             Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
+            Profile(trainer.profile, self.directory.path / "profile"),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
         ]
