@@ -29,16 +29,17 @@ def built(folder: str, recipe_name: str, extra: list[str], **options: Any) -> An
     return model
 
 
+def not_a_number(like: torch.Tensor, **keywords: Any) -> torch.Tensor:
+    """Memory in which a weight that nobody fills is seen."""
+    return torch.full_like(like, torch.nan, **keywords)
+
+
 def as_before(folder: str, cases: dict[str, list[Any]]) -> dict[str, Any]:
     """What differs between a model built without memory and one that Megatron initialised."""
     results = {}
     for name, (recipe, extra) in cases.items():
         with pytest.MonkeyPatch.context() as patch:
-            # What is not filled would be seen: memory comes as not-a-number.
-            original = torch.empty_like
-            patch.setattr(
-                empty.torch, "empty_like", lambda *a, **k: original(*a, **k).fill_(torch.nan)
-            )
+            patch.setattr(empty.torch, "empty_like", not_a_number)
             new = built(folder, recipe, extra)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "WithoutMemory", contextlib.nullcontext)

@@ -1,4 +1,4 @@
-"""What a step is said to cost, traces, recomputation, models built without memory: in one launch."""
+"""What a step is said to cost, traces, recomputation, models built without memory; one launch."""
 
 from __future__ import annotations
 

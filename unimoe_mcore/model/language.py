@@ -30,7 +30,6 @@ from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.model.attention import PackedAttention
 from unimoe_mcore.runtime.groups import layout_flags
 
-
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import nn
+
 from unimoe_mcore.config.model import LoRAConfig, ModelConfig, moe_blocks
 
 
@@ -44,6 +46,12 @@ def product(rows: int, inputs: int, outputs: int, towards: bool, trained: bool) 
     """
     once = 2 * rows * inputs * outputs
     return Operations(once, once * (towards + trained))
+
+
+def linear(rows: int, layer: nn.Module, towards: bool, trained: bool) -> Operations:
+    """The same for an ``nn.Linear``."""
+    outputs, inputs = layer.weight.shape  # type: ignore[misc]
+    return product(rows, int(inputs), int(outputs), towards, trained)
 
 
 def scores(pairs: int, width: int, towards: bool) -> Operations:

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def _device_name() -> str:
     return str(machine()["cpu"])
 
 
-def _read(path: Path) -> dict[str, dict[str, object]]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         peaks = json.loads(path.read_text(encoding="utf8"))
         return {key: asdict(Peak(**peak)) for key, peak in peaks.items()}

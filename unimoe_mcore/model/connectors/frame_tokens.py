@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unimoe_mcore.model.operations import Operations, product
+from unimoe_mcore.model.operations import Operations, linear
 
 
 class FrameReducer(nn.Module):
@@ -23,6 +23,7 @@ class FrameReducer(nn.Module):
     ) -> None:
         super().__init__()
         self.frames = frames
+        self.cells = cells
         self.narrow = nn.Sequential(nn.LayerNorm(feature_size), nn.Linear(feature_size, channels))
         self.project = nn.Sequential(
             nn.LayerNorm(cells * channels),
@@ -35,14 +36,13 @@ class FrameReducer(nn.Module):
     def operations(self, videos: int) -> Operations:
         """Needed operations for some videos, whose features' own gradient nobody needs."""
         trained = self.positions.requires_grad
-        narrow, first, last = self.narrow[1], self.project[1], self.project[3]
         frames = videos * self.frames
-        cells = frames * first.in_features // narrow.out_features
-        done = Operations()
-        for rows, layer in ((cells, narrow), (frames, first), (frames, last)):
-            # All three: a norm that trains lies before the first.
-            done += product(rows, layer.in_features, layer.out_features, trained, trained)
-        return done
+        # Towards the input of all three: a norm that trains lies before the first.
+        return (
+            linear(frames * self.cells, self.narrow[1], trained, trained)
+            + linear(frames, self.project[1], trained, trained)
+            + linear(frames, self.project[3], trained, trained)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Connect videos; an empty batch keeps every parameter in the graph.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unimoe_mcore.config.towers import ConnectorConfig
 from unimoe_mcore.model.connectors.base import Connector, places, register_connector
-from unimoe_mcore.model.operations import Operations, product
+from unimoe_mcore.model.operations import Operations, linear
 
 
 @register_connector("mlp2x_gelu")
@@ -38,13 +38,10 @@ class MlpConnector(Connector):
         """Two products a token; towards the features only because a norm before them trains."""
         tokens = sum(self.tokens(length) for length in lengths)
         first, last = self.project[0], self.project[2]
-        return product(
-            tokens,
-            first.in_features,
-            first.out_features,
-            self.trained and self.config.input_norm,
-            self.trained,
-        ) + product(tokens, last.in_features, last.out_features, self.trained, self.trained)
+        towards = self.trained and self.config.input_norm
+        return linear(tokens, first, towards, self.trained) + linear(
+            tokens, last, self.trained, self.trained
+        )
 
     def _stacked(self, features: Tensor, lengths: list[int]) -> Tensor:
         """``[total, feature_size]`` to ``[sum of tokens, stack * feature_size]``."""
