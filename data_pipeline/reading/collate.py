@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.planning.load import Load
 from data_pipeline.reading.medium import MODALITIES, Medium
 from data_pipeline.reading.sample import GROUPS, Sample
 
@@ -30,6 +31,7 @@ class MicroBatch:
         media: media by modality, in the order in which their markers appear.
         samples: the samples, in order.
         pad: token id of padding.
+        load: planned and actual work, for a micro-batch of a plan.
     """
 
     input_ids: Tensor
@@ -44,6 +46,7 @@ class MicroBatch:
     media: dict[str, list[Medium]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     pad: int = 0
+    load: Load | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on a device; media stay where they are."""

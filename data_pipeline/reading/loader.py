@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from data_pipeline.planning.catalogue import Catalogue
 from data_pipeline.planning.cost import CostModel
 from data_pipeline.planning.dealer import Dealer
 from data_pipeline.planning.dealing import Dealt, Ranks, deal_balanced
+from data_pipeline.planning.load import Load, planned_loads
 from data_pipeline.planning.work import step_work
 from data_pipeline.reading.pool import ReaderPool
 from data_pipeline.reading.quarantine import Broken, Quarantine, broken_entry
@@ -34,12 +35,14 @@ class ReadStep:
         places: samples that the plan gave to this rank, broken ones included.
         microbatches: the samples of each micro-batch; those in quarantine are left out.
         broken: samples that were found broken now.
+        loads: of each micro-batch.
     """
 
     step: int
     places: int
     microbatches: list[list[Sample]]
     broken: list[Broken] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
 
     def without(self, quarantine: Quarantine) -> list[list[Sample]]:
         """The micro-batches without what is in quarantine by now."""
@@ -54,6 +57,8 @@ class _Submitted:
     step: int
     places: int
     tasks: list[int | None]
+    loads: list[Load]
+    costs: list[list[int]]  # of the samples of each task
 
 
 class StepLoader:
@@ -101,26 +106,34 @@ class StepLoader:
         if submitted.step != step:
             raise RuntimeError(f"step {submitted.step} is next, not step {step}")
         result = ReadStep(step, submitted.places, [])
-        for task in submitted.tasks:
+        for task, load, costs in zip(
+            submitted.tasks, submitted.loads, submitted.costs, strict=True
+        ):
             read = [] if task is None else self.pool.result(task)
             result.broken += [broken_at(step, s) for s in read if isinstance(s, BrokenSample)]
             result.microbatches.append([s for s in read if isinstance(s, Sample)])
+            whole = [c for c, s in zip(costs, read, strict=True) if isinstance(s, Sample)]
+            result.loads.append(replace(load, mine=sum(whole)))
         return result
 
     def _submit(self, step: int) -> _Submitted:
         rows, dealt = self.dealer.step(step)
-        mine = [rows[micro] for micro in dealt.of(self.rank)]
-        places = sum(len(micro) for micro in mine)
-        tasks = [self._read(rows, step, number) for number, rows in enumerate(mine)]
-        return _Submitted(step, places, tasks)
+        work = step_work(self.dealer.catalogue, rows, self.dealer.costs)
+        places, tasks, costs = 0, [], []
+        for micro, items in enumerate(dealt.of(self.rank)):
+            wanted = [item for item in items if not self._held(int(rows[item]), step)]
+            places += len(items)
+            tasks.append(self._read([int(row) for row in rows[wanted]], step, micro))
+            costs.append([int(cost) for cost in work.total[wanted]])
+        loads = planned_loads(work, dealt, self.dealer.ranks.count)
+        return _Submitted(step, places, tasks, loads, costs)
 
-    def _read(self, rows: np.ndarray, step: int, micro: int) -> int | None:
+    def _read(self, rows: list[int], step: int, micro: int) -> int | None:
         """Hand a micro-batch to the pool; None for one with nothing to read."""
-        wanted = [int(row) for row in rows if not self._held(int(row), step)]
-        if not wanted:
+        if not rows:
             return None
         task = step * _TASKS_PER_STEP + micro
-        self.pool.submit(task, wanted)
+        self.pool.submit(task, rows)
         return task
 
     def _held(self, row: int, step: int) -> bool:

@@ -25,7 +25,12 @@ def load_sources(model: UniMoEModel, sources: Sources, recipe: Recipe) -> None:
         UserError: if a source lacks a tensor or has it in another shape.
     """
     seed, language = recipe.trainer.seed, recipe.model.language
-    tensors = sharded_tensors(model.sharded_state_dict())
+    state = model.sharded_state_dict()
+    # A model comes without values (``unimoe_mcore.model.empty``): none may be left out.
+    unknown = [name for name, _ in model.named_parameters() if name not in state]
+    if unknown:
+        raise RuntimeError(f"no source is known for {', '.join(unknown)}")
+    tensors = sharded_tensors(state)
     if sources.base is None:
         for tensor in tensors:
             initialise(tensor, seed, language)

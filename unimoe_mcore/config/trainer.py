@@ -6,6 +6,22 @@ from dataclasses import dataclass, field
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SPLITS = ("val", "test")
+RECOMPUTE = ("none", "selective", "full")
+TRACED_RANKS = ("first", "all")
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of a few steps, for a browser, and a table of what took the time.
+
+    Attributes:
+        steps: the first and the last step that are traced, counted from 1 as in the log; empty
+            for no trace.
+        ranks: ``first`` or ``all``.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    ranks: str = "first"
 
 
 @dataclass
@@ -47,6 +63,9 @@ class TrainerConfig:
         log_every: steps between the lines printed where there is no terminal.
         router_every: steps between records of what the routers do (stage 3); 0 for none.
         threads: CPU threads per process; 0 takes ``OMP_NUM_THREADS``, or 1.
+        recompute: what the backward pass computes again instead of keeping it: ``none``,
+            ``selective`` (attention's scores, whose memory grows with the square of a sequence),
+            ``full`` (every block from its input: least memory, a third more computation).
     """
 
     steps: int = 300
@@ -64,6 +83,8 @@ class TrainerConfig:
     log_every: int = 20
     router_every: int = 10
     threads: int = 0
+    recompute: str = "none"
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

@@ -13,7 +13,13 @@ from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.routing import check_routing
 from unimoe_mcore.config.stage import KINDS
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
-from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
+from unimoe_mcore.config.trainer import (
+    PRECISIONS,
+    RECOMPUTE,
+    SPLITS,
+    TRACED_RANKS,
+    TrainerConfig,
+)
 
 COMPOSITIONS = ("mixed", "uniform")
 DEALINGS = ("balanced", "sharded")
@@ -57,6 +63,8 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("data.deal", recipe.data.deal, DEALINGS),
         ("data.missing", recipe.data.missing, MISSING),
         ("trainer.precision", recipe.trainer.precision, PRECISIONS),
+        ("trainer.recompute", recipe.trainer.recompute, RECOMPUTE),
+        ("trainer.profile.ranks", recipe.trainer.profile.ranks, TRACED_RANKS),
         ("trainer.evaluation.split", recipe.trainer.evaluation.split, SPLITS),
         ("logging.wandb", recipe.logging.wandb, WANDB_MODES),
         *(("stage.lora.targets", target, LORA_TARGETS) for target in recipe.stage.lora.targets),
@@ -165,6 +173,12 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     for key in ("warmup", "weight_decay", "clip", "min_lr", "threads"):
         if not getattr(trainer, key) >= 0:
             yield f"trainer.{key} is {getattr(trainer, key)}, it must not be negative"
+    traced = trainer.profile.steps
+    if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1] <= trainer.steps):
+        yield (
+            f"trainer.profile.steps is {list(traced)}, it must be the first and the last step of a "
+            f"stretch between 1 and trainer.steps={trainer.steps}, or empty"
+        )
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         yield f"trainer.betas is {list(trainer.betas)}, it must be two numbers from 0 to below 1"
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import trains
+from unimoe_mcore.model.empty import WithoutMemory, materialise
 from unimoe_mcore.model.initialise import seeded_by_name
 from unimoe_mcore.model.language import language_spec, transformer_config
 from unimoe_mcore.model.lora import add_lora
@@ -35,16 +36,19 @@ def build_model(
     dtype: torch.dtype,
     kernels: dict[str, Any],
     vp_stage: int | None = None,
+    memory: bool = True,
 ) -> UniMoEModel:
     """One model chunk: towers on the first pipeline stage, its share of the layers, LoRA.
 
-    A ``base`` stage has no towers. Weights are not loaded here.
+    A ``base`` stage has no towers. Weights are not loaded here: connectors are initialised, the
+    language model's memory is not (``unimoe_mcore.checkpoints.loading`` fills it).
 
     Args:
         markers: token id of each modality's marker.
         dtype: of weights and activations.
         kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
         vp_stage: virtual pipeline stage, or None.
+        memory: without, the language model stays on the meta device: shapes only.
     """
     experts, parallel = expert_count(recipe), recipe.parallel
     config = transformer_config(
@@ -55,8 +59,10 @@ def build_model(
         dtype,
         kernels,
         shared=bool(recipe.stage.shared_expert),
+        recompute=recipe.trainer.recompute,
     )
     virtual = vp_stage or 0
+    first = groups.pp.rank() == 0 and virtual == 0
     language = language_spec(
         config,
         recipe.model.language,
@@ -64,47 +70,53 @@ def build_model(
         experts,
         parallel,
         groups,
-        pre_process=groups.pp.rank() == 0 and virtual == 0,
+        pre_process=first,
         post_process=groups.pp.rank() == groups.pp.size() - 1
         and virtual == parallel.virtual_pipeline - 1,
         vp_stage=vp_stage,
     )
-    towers = {} if recipe.stage.kind == "base" else _tower_specs(recipe, groups)
-    model = UniMoEModel(
-        MimoModelConfig(
-            language_model_spec=language,
-            modality_submodules_spec=towers,
-            special_token_ids=markers,
-        ),
-        groups,
-    )
-    _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
-    if recipe.stage.lora.targets:
-        add_lora(model.language_model, recipe.stage.lora)
+    towers = _towers(recipe, groups) if first and recipe.stage.kind != "base" else {}
+    with WithoutMemory():
+        model = UniMoEModel(
+            MimoModelConfig(
+                language_model_spec=language,
+                modality_submodules_spec=towers,
+                special_token_ids=markers,
+            ),
+            groups,
+        )
+        _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
+        if recipe.stage.lora.targets:
+            add_lora(model.language_model, recipe.stage.lora)
+    if not memory:
+        return model
+    materialise(model, device(), dtype)
     return model.to(device(), dtype)
 
 
-def _tower_specs(recipe: Recipe, groups: ProcessGroupCollection) -> dict[str, ModuleSpec]:
+def _towers(recipe: Recipe, groups: ProcessGroupCollection) -> dict[str, ModuleSpec]:
+    """The towers, built with memory, in the form in which ``MimoModel`` asks for them."""
+    built = {name: _tower(recipe, name, groups) for name in recipe.model.towers}
     return {
-        name: ModuleSpec(
-            module=_TowerFactory,
-            params={"recipe": recipe, "name": name, "groups": groups},
-        )
-        for name in recipe.model.towers
+        name: ModuleSpec(module=_BuiltTower, params={"tower": tower})
+        for name, tower in built.items()
     }
 
 
-class _TowerFactory:
-    """What ``MimoModel`` calls to make a tower from its spec."""
+def _tower(recipe: Recipe, name: str, groups: ProcessGroupCollection) -> Tower:
+    config = recipe.model.towers[name]
+    features = _features(recipe, name)
+    with seeded_by_name(recipe.trainer.seed, f"connector.{name}"):
+        return Tower(name, config, features, recipe.model.language.hidden, groups)
+
+
+class _BuiltTower:
+    """What ``MimoModel`` calls to make a tower from its spec: hands out the one that there is."""
 
     @staticmethod
     def from_spec(spec: ModuleSpec, **_: bool) -> Tower:
-        recipe, name = spec.params["recipe"], spec.params["name"]
-        config = recipe.model.towers[name]
-        features = _features(recipe, name)
-        with seeded_by_name(recipe.trainer.seed, f"connector.{name}"):
-            hidden = recipe.model.language.hidden
-            return Tower(name, config, features, hidden, spec.params["groups"])
+        tower: Tower = spec.params["tower"]
+        return tower
 
 
 def _features(recipe: Recipe, tower: str) -> FeatureCache | LiveEncoder:

@@ -33,6 +33,17 @@ from unimoe_mcore.model.attention import PackedAttention
 from unimoe_mcore.model.router import BalancedRouter
 from unimoe_mcore.runtime.groups import layout_flags
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # By blocks: HybridModel counts attention and MLP as two layers.
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 2,
+    },
+}
+
 
 def transformer_config(
     language: LanguageConfig,
@@ -42,6 +53,7 @@ def transformer_config(
     dtype: torch.dtype,
     kernels: dict[str, Any],
     shared: bool = False,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
@@ -50,6 +62,7 @@ def transformer_config(
         shared: whether blocks with experts also have an MLP that every token passes.
         dtype: of weights and activations.
         kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+        recompute: ``none``, ``selective`` or ``full``.
     """
     sparse: dict[str, Any] = {}
     if experts:
@@ -92,6 +105,7 @@ def transformer_config(
         variable_seq_lengths=parallel.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         **layout_flags(parallel),
+        **_RECOMPUTE[recompute],
         **sparse,
         **kernels,
     )

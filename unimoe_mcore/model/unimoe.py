@@ -64,6 +64,10 @@ class UniMoEModel(MimoModel):
         labels = batch.labels[:, places] if with_loss else None
         self._answers = None if self.config.sequence_parallel else places
         hidden = self._embed(batch) if self.pre_process else None
+        if hidden is not None and self._recomputes and not hidden.requires_grad:
+            # A block that is computed again learns that it has gradients from its input alone:
+            # above frozen embeddings nothing would train, without a word.
+            hidden = hidden.detach().requires_grad_()
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -92,6 +96,12 @@ class UniMoEModel(MimoModel):
         if not (self.post_process and with_loss):
             return output
         return torch.zeros_like(batch.loss_mask, dtype=output.dtype).index_copy(1, places, output)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether whole blocks are computed again in this backward pass."""
+        full = self.config.recompute_granularity == "full"
+        return full and self.training and torch.is_grad_enabled()
 
     def answer_places(self, batch: MicroBatch) -> Tensor:
         """The places of a row whose logits are computed, ``[places]`` int64.

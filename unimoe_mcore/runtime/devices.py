@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 
 import torch
 
-from unimoe_mcore.runtime import without_te
+from unimoe_mcore.runtime import collectives, without_te
 from unimoe_mcore.runtime.capabilities import detect
 from unimoe_mcore.runtime.quiet import silence_import_remarks
 
@@ -33,6 +34,7 @@ def prepare_device() -> None:
         raise RuntimeError("megatron.core was imported before prepare_device()")
     silence_import_remarks()
     found = detect()
+    collectives.install()
     if found.cuda.value:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     else:
@@ -55,3 +57,10 @@ def device() -> torch.device:
 def backend() -> str:
     """The backend of ``torch.distributed``: ``nccl`` between CUDA devices, else ``gloo``."""
     return "nccl" if detect().cuda.value else "gloo"
+
+
+def peak_memory() -> int:
+    """Most memory used so far, bytes: allocated on the CUDA device, or resident of this process."""
+    if detect().cuda.value:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

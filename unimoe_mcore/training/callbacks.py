@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.runtime.run_directory import RunDirectory
+from unimoe_mcore.training.meter import Measured
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class StepRecord:
         data_seconds: of these, reading and packing on this rank.
         lrs: learning rates of the parts where it is another one.
         routing: ``router/...`` metrics, in the steps that record them.
+        measured: what the step cost.
     """
 
     step: int
@@ -43,18 +45,28 @@ class StepRecord:
     microbatches: int
     seconds: float
     data_seconds: float
+    measured: Measured
     lrs: dict[str, float] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
 
-    def flat(self) -> dict[str, Any]:
-        """As one line of ``metrics.jsonl``."""
-        apart = ("losses", "lr", "lrs", "routing")
+    def flat(self, peak: float) -> dict[str, Any]:
+        """As one line of ``metrics.jsonl``.
+
+        Args:
+            peak: operations a second that all ranks together could do at most.
+        """
+        apart = ("losses", "lr", "lrs", "routing", "measured")
         fields = {k: v for k, v in vars(self).items() if k not in apart}
+        fields |= vars(self.measured) | {
+            "tokens_per_second": self.tokens / self.seconds,
+            "samples_per_second": self.samples / self.seconds,
+            "operations_per_second": self.measured.operations / self.seconds,
+            "mfu": self.measured.operations / self.seconds / peak,
+        }
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()}
         # Unrounded: rates may be tiny, and losses are what a resumed run is compared by.
         rates = {"lr": self.lr, **{f"lr/{part}": lr for part, lr in self.lrs.items()}}
-        speed = {"tokens_per_second": round(self.tokens / self.seconds)}
-        return {**rounded, **rates, **self.losses, **speed, **self.routing}
+        return {**rounded, **rates, **self.losses, **self.routing}
 
 
 class Callback(Protocol):
@@ -72,10 +84,15 @@ class Callback(Protocol):
 
 @dataclass
 class Metrics:
-    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it."""
+    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it.
+
+    Attributes:
+        peak: operations a second that all ranks together could do at most.
+    """
 
     run: RunDirectory
     recipe: Recipe
+    peak: float
     _mirror: Any = None
 
     def start(self, step: int) -> None:
@@ -86,8 +103,9 @@ class Metrics:
 
     def step(self, record: StepRecord) -> None:
         """Write one line."""
-        self.run.metrics(record.flat())
-        self._mirrored(lambda mirror: mirror.log(record.flat(), step=record.step))
+        line = record.flat(self.peak)
+        self.run.metrics(line)
+        self._mirrored(lambda mirror: mirror.log(line, step=record.step))
 
     def end(self) -> None:
         """Close the mirror."""

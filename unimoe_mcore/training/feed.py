@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class Feed:
         read = self.loader.read(step)
         self._agree(read)
         return [
-            collate(samples, self._pad, self._data.pad_to)
-            for samples in read.without(self.quarantine)
+            replace(collate(samples, self._pad, self._data.pad_to), load=load)
+            for samples, load in zip(read.without(self.quarantine), read.loads, strict=True)
         ]
 
     def _agree(self, read: ReadStep) -> None:

@@ -47,6 +47,7 @@ def train(
             seconds=time.perf_counter() - began,
             data_seconds=read - began,
             routing=result.routing,
+            measured=result.measured,
         )
         for callback in callbacks:
             callback.step(record)

@@ -25,6 +25,7 @@ from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.precision import DTYPES
 from unimoe_mcore.training.gradients import finalise_gradients
 from unimoe_mcore.training.inventory import take_inventory
+from unimoe_mcore.training.meter import Meter
 from unimoe_mcore.training.optimizer import build_optimizer
 from unimoe_mcore.training.routers import Routers
 
@@ -36,6 +37,7 @@ class TrainModule:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
         inventory: every parameter of the whole model, and whether it trains.
         routers: of the chunks.
+        meter: measures its steps.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class TrainModule:
             finalise_gradients, expert_tensor_group=groups.expt_tp
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
+        # Towers are on the first pipeline stage, the same on every tensor rank.
+        self.meter = Meter(recipe, self.towers(), groups.tp.rank() == groups.pp.rank() == 0)
 
     def _check_all_train(self, parts: Sequence[str]) -> None:
         """Refuse a part of ``stage.train`` that no rank has.

@@ -47,6 +47,7 @@ from unimoe_mcore.config.parallel import (
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
+from unimoe_mcore.runtime.peak import Peak, matrix_peak
 from unimoe_mcore.runtime.precision import choose_precision
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 from unimoe_mcore.training.agreement import decided_by_first_rank
@@ -64,6 +65,7 @@ from unimoe_mcore.training.feed import Feed
 from unimoe_mcore.training.inventory import as_json, by_part, table
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
+from unimoe_mcore.training.profile import Profile
 from unimoe_mcore.training.step import train_step
 
 QUESTIONS = "questions-"
@@ -86,6 +88,9 @@ class StageRun:
         self.costs = decided_by_first_rank(lambda: costs_of(recipe))
         self.precision = decided_by_first_rank(
             lambda: choose_precision(recipe.trainer.precision).value
+        )
+        self.peak: Peak = decided_by_first_rank(
+            lambda: matrix_peak(self.precision, Path(recipe.paths.cache))
         )
         self.module = TrainModule(
             recipe,
@@ -161,7 +166,8 @@ class StageRun:
         if first == 0 and trainer.evaluation.before:
             self.evaluate("before")
         callbacks: list[Callback] = [
-            Metrics(self.directory, self.recipe),
+            Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
+            Profile(trainer.profile, self.directory.path / "profile"),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
         ]
@@ -224,6 +230,7 @@ class StageRun:
             ranks=ranks,
             layout=layout,
             precision=self.precision,
+            peak=asdict(self.peak),
         )
         if self.first_rank:
             write_text(self.directory.parameters, as_json(inventory))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.runtime.devices import device
+from unimoe_mcore.training.meter import Measured
 from unimoe_mcore.training.optimizer import set_rates
 from unimoe_mcore.training.report import grouped_sums
 from unimoe_mcore.training.schedule import rates
@@ -35,6 +36,7 @@ class StepResult:
         samples: of the global batch.
         lr: learning rate.
         lrs: of the parts where it is another one.
+        measured: what it cost.
         routing: ``router/...`` metrics, if this step records them.
     """
 
@@ -45,6 +47,7 @@ class StepResult:
     samples: int
     lr: float
     lrs: dict[str, float]
+    measured: Measured
     routing: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +61,7 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
         batches: this rank's micro-batches; every rank has equally many.
         step: its number, from 0: learning rates follow from it.
     """
+    module.meter.begin()
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
     module.routers.begin(step, batches, label_tokens, tokens, samples)
@@ -65,7 +69,8 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
     lrs = rates(step, module.recipe)
     set_rates(module.optimizer, lrs)
     hold_experts(module.recipe, module.wrapped, module.optimizer, step)
-    _, grad_norm, _ = module.optimizer.step()
+    with module.meter.optimizing():
+        _, grad_norm, _ = module.optimizer.step()
     return StepResult(
         sums=sums,
         grad_norm=float(grad_norm or 0.0),
@@ -74,6 +79,7 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
         samples=samples,
         lr=lrs[""].lr,
         lrs={part: rate.lr for part, rate in lrs.items() if rate.lr != lrs[""].lr},
+        measured=module.meter.end(batches),
         routing=module.routers.end(),
     )
 

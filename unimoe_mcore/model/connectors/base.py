@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.towers import ConnectorConfig, connector_tokens
+from unimoe_mcore.model.operations import Operations
 
 
 class Connector(nn.Module):
@@ -69,6 +70,18 @@ class Connector(nn.Module):
     def _connect(self, features: Tensor, lengths: list[int]) -> Tensor:
         """``forward`` without positions."""
         raise NotImplementedError
+
+    @property
+    def trained(self) -> bool:
+        """Whether it trains; a connector trains as a whole."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def operations(self, lengths: list[int]) -> Operations:
+        """Needed operations for media of these many features, whose own gradient nobody needs.
+
+        None where a connector does not say: its work is then missing in a run's MFU.
+        """
+        return Operations()
 
 
 def places(counts: list[int], device: torch.device) -> Tensor:

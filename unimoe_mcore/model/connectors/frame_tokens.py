@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unimoe_mcore.model.operations import Operations, linear
+
 
 class FrameReducer(nn.Module):
     """Each frame's cells, narrowed and flattened, become one token.
@@ -21,6 +23,7 @@ class FrameReducer(nn.Module):
     ) -> None:
         super().__init__()
         self.frames = frames
+        self.cells = cells
         self.narrow = nn.Sequential(nn.LayerNorm(feature_size), nn.Linear(feature_size, channels))
         self.project = nn.Sequential(
             nn.LayerNorm(cells * channels),
@@ -29,6 +32,17 @@ class FrameReducer(nn.Module):
             nn.Linear(hidden, hidden),
         )
         self.positions = nn.Parameter(torch.randn(frames, hidden) * 0.02)
+
+    def operations(self, videos: int) -> Operations:
+        """Needed operations for some videos, whose features' own gradient nobody needs."""
+        trained = self.positions.requires_grad
+        frames = videos * self.frames
+        # Towards the input of all three: a norm that trains lies before the first.
+        return (
+            linear(frames * self.cells, self.narrow[1], trained, trained)
+            + linear(frames, self.project[1], trained, trained)
+            + linear(frames, self.project[3], trained, trained)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Connect videos; an empty batch keeps every parameter in the graph.

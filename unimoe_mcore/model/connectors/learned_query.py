@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.towers import ConnectorConfig
 from unimoe_mcore.model.connectors.base import Connector, places, register_connector
+from unimoe_mcore.model.operations import Operations, product, scores
 
 
 class QueryLayer(nn.Module):
@@ -84,6 +85,20 @@ class QueryConnector(Connector):
         )
         self.output_norm = nn.LayerNorm(feature_size)
         self.project = nn.Linear(feature_size, hidden_size)
+
+    def operations(self, lengths: list[int]) -> Operations:
+        """Every layer's projections, attention of every query to every feature, and its MLP."""
+        trained, width = self.trained, self.output_norm.normalized_shape[0]
+        features, queries = sum(lengths), self.config.queries * len(lengths)
+        towards = trained and self.config.input_norm
+        layer = (
+            product(queries, width, 2 * width, trained, trained)  # query and output
+            + product(features, width, 2 * width, towards, trained)
+            + scores(self.config.queries * features, width, trained)
+            + product(queries, width, 8 * width, trained, trained)
+        )
+        out = self.project.out_features
+        return layer.times(len(self.layers)) + product(queries, width, out, trained, trained)
 
     def _connect(self, features: Tensor, lengths: list[int]) -> Tensor:
         media, longest = len(lengths), max(lengths, default=1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from unimoe_mcore.config.towers import ConnectorConfig
 from unimoe_mcore.model.connectors.base import Connector, places, register_connector
+from unimoe_mcore.model.operations import Operations, linear
 
 
 @register_connector("mlp2x_gelu")
@@ -32,6 +33,15 @@ class MlpConnector(Connector):
 
     def _connect(self, features: Tensor, lengths: list[int]) -> Tensor:
         return self.project(self.norm(self._stacked(features, lengths)))
+
+    def operations(self, lengths: list[int]) -> Operations:
+        """Two products a token; towards the features only because a norm before them trains."""
+        tokens = sum(self.tokens(length) for length in lengths)
+        first, last = self.project[0], self.project[2]
+        towards = self.trained and self.config.input_norm
+        return linear(tokens, first, towards, self.trained) + linear(
+            tokens, last, self.trained, self.trained
+        )
 
     def _stacked(self, features: Tensor, lengths: list[int]) -> Tensor:
         """``[total, feature_size]`` to ``[sum of tokens, stack * feature_size]``."""

@@ -37,6 +37,7 @@ class FeatureCache:
         encoder: the encoder behind the cache.
         folder: this encoder's folder.
         given: whether the encoder's weights are another run's, not the published ones.
+        operations: of the encoder for what it has encoded so far; what lay on disk cost none.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class FeatureCache:
         self.encoder = encoder
         self.given = again is not None
         self._again = again or (lambda: build_encoder(encoder.config))
+        self.operations = 0
         self._released = False
         fingerprint = encoder.fingerprint()
         self.folder = root / f"{encoder.name}-{fingerprint[:16]}"
@@ -96,6 +98,7 @@ class FeatureCache:
         for chunk in batched(misses.items(), _CHUNK):
             encoded = self.ready().encode([medium for _, medium in chunk])
             for (path, _), features in zip(chunk, encoded, strict=True):
+                self.operations += self.encoder.operations(features)
                 self._write(path, _pack(features.numpy()))
                 found[path] = features
         return [found[self._path(medium)] for medium in media]

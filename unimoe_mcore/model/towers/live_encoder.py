@@ -17,12 +17,15 @@ class LiveEncoder:
     Attributes:
         encoder: the encoder; the tower holds it as a submodule.
         folder: None: there are no stored features, whoever reads samples decodes all media.
+        operations: of the encoder so far; with gradient three times the forward pass (the backward
+            pass of the first layer, which needs none towards its input, is counted like others).
     """
 
     folder = None
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        self.operations = 0
 
     def features(self, media: list[Medium]) -> list[Tensor]:
         """Features of every medium, in the type and on the device of the weights.
@@ -30,7 +33,10 @@ class LiveEncoder:
         Raises:
             BrokenMediumError: a medium cannot be decoded.
         """
-        return self.encoder(media) if media else []
+        found: list[Tensor] = self.encoder(media) if media else []
+        passes = 3 if torch.is_grad_enabled() else 1
+        self.operations += passes * sum(self.encoder.operations(each) for each in found)
+        return found
 
     def nothing(self) -> Tensor:
         """Features of no medium, ``[0, feature_size]``, of which every weight is an ancestor.

@@ -15,6 +15,7 @@ from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.towers import TowerConfig, tower_modalities
 from unimoe_mcore.model.connectors import build_connector
 from unimoe_mcore.model.connectors.frame_tokens import FrameReducer
+from unimoe_mcore.model.operations import Operations
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
 from unimoe_mcore.model.towers.live_encoder import LiveEncoder
 
@@ -49,6 +50,7 @@ class Tower(ModalitySubmodules):
         self.frame_order = config.frame_order
         self.groups = groups
         self.modalities = tower_modalities(name)
+        self.connected = Operations()  # by the connector so far
         self.frame_reducer: FrameReducer | None = None
         if "video" in self.modalities and config.frame_order == "ordered":
             self.frame_reducer = FrameReducer(
@@ -74,9 +76,11 @@ class Tower(ModalitySubmodules):
 
     def connect(self, features: Sequence[Tensor]) -> Tensor:
         """Features of several media, each ``[features, size]``, as ``[tokens, hidden]``."""
+        lengths = [len(f) for f in features]
+        self.connected += self.input_projections[0].operations(lengths)
         weight = next(self.input_projections.parameters())
         joined = torch.cat([self._nothing(weight), *(f.to(weight) for f in features)])
-        return self.input_projections[0](joined, [len(f) for f in features])
+        return self.input_projections[0](joined, lengths)
 
     def _nothing(self, weight: Tensor) -> Tensor:
         """Features of no medium, ``[0, size]``."""
@@ -88,6 +92,7 @@ class Tower(ModalitySubmodules):
         pictures = self.features.features(images)
         clips = self.features.features(videos)
         if self.frame_reducer is not None:
+            self.connected += self.frame_reducer.operations(len(clips))
             weight = next(self.frame_reducer.parameters())
             encoder = self.features.encoder
             shape = (0, self.frame_reducer.frames, encoder.cells, encoder.feature_size)
@@ -104,6 +109,10 @@ class Tower(ModalitySubmodules):
             else joined[split:]
         )
         return {"image": joined[:split], "video": averaged.reshape(-1, joined.shape[1])}
+
+    def operations(self) -> int:
+        """Needed operations of encoder and connector so far; steps are differences."""
+        return self.features.operations + self.connected.total
 
     def decode(self, embeddings: Tensor, data_batch: dict[str, Any]) -> Tensor:
         """Towers only read: there is nothing to decode into."""

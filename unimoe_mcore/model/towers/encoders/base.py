@@ -114,6 +114,16 @@ class Encoder(nn.Module):
         """``forward`` of media that this encoder reads."""
         raise NotImplementedError
 
+    def operations(self, features: Tensor) -> int:
+        """Operations (``unimoe_mcore.model.operations``) that one medium's features took.
+
+        0 where an encoder does not say: what it computes is then missing in a run's MFU.
+
+        Args:
+            features: as ``encode`` gives them.
+        """
+        return 0
+
     def _weight(self) -> Tensor:
         """Any weight: its device and type are those in which the encoder computes."""
         return next(self.parameters())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.errors import UserError
@@ -57,6 +59,20 @@ class EfficientNetLite0(Encoder):
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
         return encode_pictures(media, self.config, _BATCH, self._run)
+
+    def operations(self, features: Tensor) -> int:
+        """The same for every picture, and for every frame of a video."""
+        pictures = len(features) if features.dim() == 3 else 1
+        return pictures * self._each
+
+    @cached_property
+    def _each(self) -> int:
+        """Counted by PyTorch on a picture of one colour."""
+        side = self.config.resolution
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            self._run(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+        return int(counter.get_total_flops())
 
     def _run(self, pixels: Tensor) -> Tensor:
         """uint8 ``[batch, side, side, 3]`` to ``[batch, cells, 1728]``."""

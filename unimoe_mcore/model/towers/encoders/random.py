@@ -46,6 +46,10 @@ class RandomImage(Encoder):
     def _encode(self, media: list[Medium]) -> list[Tensor]:
         return encode_pictures(media, self.config, 8, self._run)
 
+    def operations(self, features: Tensor) -> int:
+        """One product."""
+        return 2 * features.numel() * self.projection.shape[1]
+
     def _run(self, pixels: Tensor) -> Tensor:
         x = pixels.to(self.projection.device).float() / 127.5 - 1
         grid = x.view(len(x), 2, _CELL, 2, _CELL, 3).permute(0, 1, 3, 2, 4, 5)
@@ -71,6 +75,10 @@ class RandomSound(Encoder):
 
     def _encode(self, media: list[Medium]) -> list[Tensor]:
         return [self._one(medium) for medium in media]
+
+    def operations(self, features: Tensor) -> int:
+        """One product."""
+        return 2 * features.numel() * self.projection.shape[1]
 
     def _one(self, medium: Medium) -> Tensor:
         x = torch.from_numpy(waveform(medium, self.config)).to(self.projection)

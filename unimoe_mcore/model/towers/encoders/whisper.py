@@ -66,6 +66,16 @@ class _Whisper(Encoder):
     def _encode(self, media: list[Medium]) -> list[Tensor]:
         return [self._one(waveform(medium, self.config)) for medium in media]
 
+    def operations(self, features: Tensor) -> int:
+        """Two convolutions of three places; in every layer projections, MLP and full attention."""
+        shape, window = self.whisper.config, self.whisper.config.max_source_positions
+        width, total = shape.d_model, len(features)
+        rest = total % window
+        pairs = (total // window) * window**2 + rest**2
+        stem = 2 * 2 * total * 3 * shape.num_mel_bins * width + 2 * total * 3 * width**2
+        linear = 2 * total * (4 * width**2 + 2 * width * shape.encoder_ffn_dim)
+        return int(stem + shape.encoder_layers * (linear + 2 * 2 * pairs * width))
+
     def _one(self, samples: np.ndarray) -> Tensor:
         """``[features * 320]`` samples to ``[features, feature_size]``."""
         window = self.whisper.config.max_source_positions * SAMPLES_PER_FEATURE
