@@ -20,6 +20,9 @@ class ParallelConfig:
             attention that can do it (Transformer Engine's).
         sequence_parallel: divide activations along the sequence between the tensor ranks;
             Megatron requires it of a mixture of experts with ``tensor`` > 1.
+        distributed_optimizer: divide fp32 main weights and Adam's moments among the data-parallel
+            ranks, each of which then moves its part and sends it to the others: less memory, the
+            same numbers. May differ when a run is continued.
         processes: processes that a local launch starts; under Slurm or torchrun it is not read.
     """
 
@@ -30,6 +33,7 @@ class ParallelConfig:
     expert_tensor: int = 1
     context: int = 1
     sequence_parallel: bool = False
+    distributed_optimizer: bool = False
     processes: int = 2
 
 
