@@ -43,6 +43,7 @@ def run(
             def save_and_stop(step: int) -> None:
                 save(step)
                 if step == stop:
+                    stage.saver.wait()
                     raise InterruptedError
 
             stage._save = save_and_stop  # type: ignore[method-assign]

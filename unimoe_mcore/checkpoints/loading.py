@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.sources import Sources
-from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors
+from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.assembly import origin

@@ -64,3 +64,8 @@ def peak_memory() -> int:
     if detect().cuda.value:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Host memory of ``size`` bytes, ``[size]`` uint8, that the device copies to at full speed."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=detect().cuda.value)

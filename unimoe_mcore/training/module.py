@@ -89,6 +89,7 @@ class TrainModule:
             grad_reduce_in_fp32=True,
             # The finite check: a bad gradient stops the run before it reaches any weight.
             check_for_nan_in_grad=True,
+            use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
         )
         inner = Float16Module(self.config, chunk) if self.config.bf16 else chunk
         return DistributedDataParallel(self.config, reduction, inner, disable_bucketing=not first)

@@ -16,7 +16,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import StageConfig, rate_of
-from unimoe_mcore.config.trainer import TrainerConfig
 from unimoe_mcore.model.parts import part_of
 from unimoe_mcore.training.schedule import Rate
 from unimoe_mcore.training.warmup import held_group
@@ -33,7 +32,7 @@ def build_optimizer(
         wrapped: the chunks.
         dtype: of weights and activations.
     """
-    config = optimizer_config(recipe.trainer, dtype)
+    config = optimizer_config(recipe, dtype)
     overrides = {
         **get_standard_config_overrides(config),
         **_overrides(recipe.stage),
@@ -59,8 +58,9 @@ def _overrides(stage: StageConfig) -> dict[ParamKey, Any]:
     return {follows(rate): {_RATE: rate} for rate in stage.rates}
 
 
-def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerConfig:
+def optimizer_config(recipe: Recipe, dtype: torch.dtype) -> OptimizerConfig:
     """AdamW with fp32 main weights."""
+    trainer = recipe.trainer
     return OptimizerConfig(
         optimizer="adam",
         lr=trainer.lr,
@@ -71,7 +71,7 @@ def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerCon
         clip_grad=trainer.clip,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
     )
 
 

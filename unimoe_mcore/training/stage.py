@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +29,9 @@ from data_pipeline.shards.schema import MIXED
 from unimoe_mcore.checkpoints.artefact import TOKENIZER
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.giving import give
+from unimoe_mcore.checkpoints.saving import Saved, Saver
 from unimoe_mcore.checkpoints.sources import Sources, find_sources
+from unimoe_mcore.checkpoints.trained import checkpoint_pieces
 from unimoe_mcore.checkpoints.training import (
     CheckpointFolder,
     RunState,
@@ -100,7 +103,11 @@ class StageRun:
             self.sources,
             self.precision,
         )
-        self.checkpoints = CheckpointFolder(run.checkpoints, recipe.trainer.keep)
+        self.checkpoints = CheckpointFolder(
+            run.checkpoints, recipe.trainer.keep, recipe.trainer.keep_every
+        )
+        start = decided_by_first_rank(self._begin_saving)
+        self.saver = Saver(self.checkpoints, dist.get_rank(), dist.get_world_size(), start)
         self.ranks = Ranks(
             self.module.data_ranks,
             lockstep_ranks(recipe.parallel),
@@ -169,7 +176,13 @@ class StageRun:
             Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
             Profile(trainer.profile, self.directory.path / "profile"),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
-            Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
+            Checkpoints(
+                trainer.checkpoint_every,
+                trainer.steps,
+                self._save,
+                lambda: self._note(self.saver.poll()),
+                lambda: self._note(self.saver.wait()),
+            ),
         ]
         with self.pool(self.samples, self.directory.notes / f"rank-{dist.get_rank()}") as pool:
             feed = self.feed(pool)
@@ -264,8 +277,25 @@ class StageRun:
             precision=self.precision,
         )
 
+    def _begin_saving(self) -> str:
+        """Remove what a killed start left half written; a name for what this start writes."""
+        self.checkpoints.clear()
+        return secrets.token_hex(4)
+
     def _save(self, step: int) -> None:
-        self.checkpoints.save(self.module.chunks, self.module.optimizer, self._state(step))
+        pieces = checkpoint_pieces(self.module.chunks, self.module.optimizer)
+        self.saver.save(pieces, self._state(step))
+
+    def _note(self, saved: Sequence[Saved]) -> None:
+        """Record the checkpoints that have become visible."""
+        for each in saved:
+            self.directory.event(
+                "saved",
+                step=each.step,
+                stopped=round(each.stopped, 4),
+                writing=round(each.writing, 4),
+                bytes=each.bytes,
+            )
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one.
@@ -287,7 +317,7 @@ class StageRun:
         state = read_state(latest)
         self._check_continues(state, latest)
         self._take_up_plan(state, latest)
-        load_checkpoint(latest, self.module.chunks, self.module.optimizer, state.step)
+        load_checkpoint(latest, self.module.chunks, self.module.optimizer)
         self.directory.event("resume", step=state.step)
         if self.first_rank and state.step < self.recipe.trainer.steps:
             print(f"{self.recipe.name}: continues from step {state.step}", flush=True)
