@@ -36,10 +36,10 @@ def fill(
     Returns:
         Bin of each item, ``[items]`` int64.
     """
+    if bins == 1 or not len(language):
+        return np.zeros(len(language), dtype=np.int64)
     start = np.zeros(bins, dtype=np.int64) if offset is None else offset
     placed = _lay_out(language + encoder, start)
-    if bins == 1 or not len(language):
-        return placed
     filled = _Bins(placed, language, encoder, start)
     _exchange(filled)
     _polish(filled)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,45 +99,51 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple: int) -> MicroBatch
     can split the row). The padding is cut into sequences no longer than the longest sample, so
     that it costs little attention. No samples give a row of ``multiple`` padding tokens.
     """
-    used = sum(len(s.tokens.ids) for s in samples)
+    lengths = np.array([len(s.tokens.ids) for s in samples], dtype=np.int64)
+    used, ends = int(lengths.sum()), np.cumsum(lengths)
     length = max(1, -(-used // multiple)) * multiple
-    longest = max((len(s.tokens.ids) for s in samples), default=min(length, 64))
-    batch = MicroBatch(
-        input_ids=torch.full((1, length), pad_id, dtype=torch.int64),
-        labels=torch.zeros((1, length), dtype=torch.int64),
-        loss_mask=torch.zeros((1, length), dtype=torch.float32),
-        position_ids=torch.zeros((1, length), dtype=torch.int64),
-        padding_mask=torch.ones((1, length), dtype=torch.bool),
-        group=torch.full((1, length), -1, dtype=torch.int64),
-        sample=torch.full((1, length), -1, dtype=torch.int64),
-        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+    longest = int(lengths.max(initial=0)) if len(lengths) else min(length, 64)
+    ids = np.full(length, pad_id, dtype=np.int64)
+    ids[:used] = np.fromiter(chain.from_iterable(s.tokens.ids for s in samples), np.int64, used)
+    learn = np.zeros(length + 1, dtype=np.float32)
+    learn[:used] = np.fromiter(chain.from_iterable(s.tokens.learn for s in samples), bool, used)
+    learn[ends] = 0.0  # what follows a sample's last token is another's first
+    labels = np.zeros(length, dtype=np.int64)
+    labels[:-1] = ids[1:]
+    labels[learn[1:] == 0] = 0
+
+    def of_samples(values: np.ndarray, padding: int) -> np.ndarray:
+        """Each sample's value at all of its tokens."""
+        return np.concatenate([values.repeat(lengths), np.full(length - used, padding)])
+
+    starts = of_samples(ends - lengths, 0)
+    positions = np.arange(length) - starts
+    positions[used:] = 0
+    groups = np.array([GROUPS.index(s.group) for s in samples], dtype=np.int64)
+    media: dict[str, list[Medium]] = {modality: [] for modality in MODALITIES}
+    for medium in chain.from_iterable(sample.media for sample in samples):
+        media[medium.modality].append(medium)
+    sequences = [0, *ends.tolist(), *_padding_ends(used, length, longest)]
+    return MicroBatch(
+        input_ids=_row(ids),
+        labels=_row(labels),
+        loss_mask=_row(learn[1:]),
+        position_ids=_row(positions),
+        padding_mask=_row(np.arange(length) >= used),
+        group=_row(of_samples(groups, -1)),
+        sample=_row(of_samples(np.arange(len(samples)), -1)),
+        cu_seqlens=torch.tensor(sequences, dtype=torch.int32),
         max_seqlen=longest,
-        media={modality: [] for modality in MODALITIES},
+        media=media,
         samples=list(samples),
         pad=pad_id,
     )
-    ends, start = [0], 0
-    for number, sample in enumerate(samples):
-        ids = torch.tensor(sample.tokens.ids, dtype=torch.int64)
-        learn = torch.tensor(sample.tokens.learn, dtype=torch.float32)
-        end = start + len(ids)
-        batch.input_ids[0, start:end] = ids
-        batch.labels[0, start : end - 1] = ids[1:]
-        batch.loss_mask[0, start : end - 1] = learn[1:]
-        batch.position_ids[0, start:end] = torch.arange(len(ids))
-        batch.padding_mask[0, start:end] = False
-        batch.group[0, start:end] = GROUPS.index(sample.group)
-        batch.sample[0, start:end] = number
-        for medium in sample.media:
-            batch.media[medium.modality].append(medium)
-        ends.append(end)
-        start = end
-    batch.labels *= batch.loss_mask.bool()
-    ends += _padding_ends(start, length, longest)
-    batch.cu_seqlens = torch.tensor(ends, dtype=torch.int32)
-    return batch
 
 
 def _padding_ends(start: int, length: int, longest: int) -> list[int]:
     """Ends of the sequences that padding from ``start`` to ``length`` is cut into."""
     return [min(length, end) for end in range(start + longest, length + longest, longest)]
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values)[None]

@@ -4,7 +4,8 @@ A decoder that returns to Python now and then is interrupted by a timer; only th
 be. One that hangs inside C cannot be interrupted: then the process ends after twice the time and
 some seconds, and the note that it leaves (``in_progress``) tells the next start which sample it
 was. So does the note of a process that a decoder crashes. A process that runs out of memory is
-killed without a trace of why; with workers it is the worker that dies, and the run goes on.
+killed without a trace of why; with workers it is the worker that dies, and the run goes on. A
+process that is suspended while it decodes counts as one that hangs; with workers it does not.
 """
 
 from __future__ import annotations
@@ -44,20 +45,24 @@ class InlineReader:
         Raises:
             DataError: a shard cannot be read.
         """
-        outcomes: list[Sample | BrokenSample] = []
         self._armed = 0.0
+        # All bytes first: they may be long in coming, and nothing is timed meanwhile.
+        fetched = [self._fetch(row) for row in rows]
         with self._note.watched(), _alarms() as interruptible:
-            for row in rows:
-                try:
-                    raw = self._reader.fetch(row)
-                    outcomes.append(self._finish(task, raw, interruptible))
-                except BrokenSampleError as error:
-                    outcomes.append(error.sample)
-        return outcomes
+            return [
+                self._finish(task, raw, interruptible) if isinstance(raw, RawSample) else raw
+                for raw in fetched
+            ]
 
     def close(self) -> None:
         """Leave no note: this process was at no sample when it ended."""
         self._note.close()
+
+    def _fetch(self, row: int) -> RawSample | BrokenSample:
+        try:
+            return self._reader.fetch(row)
+        except BrokenSampleError as error:
+            return error.sample
 
     def _finish(self, task: int, raw: RawSample, interruptible: bool) -> Sample | BrokenSample:
         now = time.monotonic()
@@ -69,6 +74,8 @@ class InlineReader:
             if interruptible:
                 signal.setitimer(signal.ITIMER_REAL, self._seconds, _AGAIN)
             return _interruptible(self._reader, raw)
+        except BrokenSampleError as error:
+            return error.sample
         except _TooSlowError:
             reason = f"decoding it took longer than {self._seconds:g} s"
             return self._reader.broken(raw.row, "slow", reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pickle import PickleBuffer
 from typing import Any, SupportsIndex
@@ -41,7 +41,7 @@ class Medium:
 
     def with_content(self, content: np.ndarray) -> Medium:
         """The same medium, decoded."""
-        decoded = replace(self, content=content)
+        decoded = Medium(self.modality, self.data, self.source, content)
         if "digest" in self.__dict__:
             decoded.__dict__["digest"] = self.digest
         return decoded

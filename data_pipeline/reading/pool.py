@@ -34,6 +34,7 @@ Outcomes = list[Sample | BrokenSample]
 class _Task:
     rows: list[int]
     skip: dict[int, tuple[str, str]] = field(default_factory=dict)
+    suspects: set[int] = field(default_factory=set)  # positions at which a worker was killed
     sent: bool = False
 
 
@@ -55,6 +56,9 @@ class ReaderPool:
         self._count = workers
         self._seconds = seconds
         self._inline: InlineReader | None = None
+        # Workers know tasks by the number of their order, which never comes again.
+        self._orders_given = 0
+        self._order_of: dict[int, int] = {}
         self._tasks: dict[int, _Task] = {}
         self._queue: deque[int] = deque()
         self._done: dict[int, Outcomes | Failure] = {}
@@ -80,11 +84,13 @@ class ReaderPool:
             task: its number, from 0; none may be handed over twice before its result was taken.
             rows: catalogue rows of its samples.
         """
-        if task in self._tasks:
+        if task in self._order_of:
             raise ValueError(f"task {task} is under way already")
-        self._tasks[task] = _Task([int(row) for row in rows])
+        number = self._order_of[task] = self._orders_given
+        self._orders_given += 1
+        self._tasks[number] = _Task([int(row) for row in rows])
         if self._count:
-            self._queue.append(task)
+            self._queue.append(number)
             self._start()
             self._send()
 
@@ -94,14 +100,16 @@ class ReaderPool:
         Raises:
             DataError: a shard cannot be read, or workers cannot run.
         """
+        number = self._order_of[task]
         if not self._count:
-            rows = self._tasks.pop(task).rows
+            rows = self._tasks.pop(number).rows
+            del self._order_of[task]
             self._inline = self._inline or InlineReader(self._job, self._seconds)
             return self._inline.read(task, rows)
-        while task not in self._done:
+        while number not in self._done:
             self._wait()
-        del self._tasks[task]
-        outcome = self._done.pop(task)
+        del self._tasks[number], self._order_of[task]
+        outcome = self._done.pop(number)
         if isinstance(outcome, Failure):
             raise _error(outcome)
         return outcome
@@ -138,6 +146,9 @@ class ReaderPool:
         """
         while self._queue:
             number = self._queue[0]
+            if not self._is_open(number):  # it was offered again, and somebody had it after all
+                self._queue.popleft()
+                continue
             task = self._tasks[number]
             order = pickle.dumps(tuple(Order(number, task.rows, task.skip)))
             try:
@@ -155,8 +166,8 @@ class ReaderPool:
             parcel = worker.receive()
             if parcel is None:
                 self._bury(worker)
-            else:
-                self._take(parcel)
+                break  # that has received from the others too
+            self._take(parcel)
         if time.monotonic() - self._looked > _LOOK_EVERY:
             self._looked = time.monotonic()
             for worker in list(self._workers):
@@ -170,8 +181,12 @@ class ReaderPool:
             raise _error(parcel.content)
         self._unexplained = 0
         # A task can come twice, from a worker that took it up just when another one died.
-        if parcel.task in self._tasks and parcel.task not in self._done:
+        if self._is_open(parcel.task):
             self._done[parcel.task] = parcel.content
+
+    def _is_open(self, number: int) -> bool:
+        """Whether an order's result is still to come."""
+        return number in self._tasks and number not in self._done
 
     def _stop(self, worker: WorkerProcess, place: Place) -> None:
         """Kill a worker that has been at one sample for too long."""
@@ -186,7 +201,8 @@ class ReaderPool:
         """See to a worker that died by itself."""
         cause, place = worker.cause_of_death(), worker.place
         if place.position != NOWHERE:
-            self._skip(place, "crashed", f"reading it ended the process ({cause})")
+            if self._is_to_blame(place, cause):
+                self._skip(place, "crashed", f"reading it ended the process ({cause})")
         elif not worker.proven:  # else somebody killed it, or memory was short
             self._unexplained += 1
             if self._unexplained >= _UNEXPLAINED:
@@ -194,38 +210,58 @@ class ReaderPool:
                 raise DataError(f"processes that read samples end by themselves ({cause}): {words}")
         self._replace(worker)
 
+    def _is_to_blame(self, place: Place, cause: str) -> bool:
+        """Whether a worker's death speaks against the sample that it was at.
+
+        One that was killed from outside, as the system does where memory is short, or that died
+        while it fetched bytes and decoded none, does not: unless it happens there again.
+        """
+        if cause != "SIGKILL" and place.since:
+            return True
+        if not self._is_open(place.task):
+            return False
+        suspects = self._tasks[place.task].suspects
+        again = place.position in suspects
+        suspects.add(place.position)
+        return again
+
     def _skip(self, place: Place, kind: str, reason: str) -> None:
-        task = self._tasks.get(place.task)
-        if task is not None and place.task not in self._done:
-            task.skip[place.position] = (kind, reason)
+        if self._is_open(place.task):
+            self._tasks[place.task].skip[place.position] = (kind, reason)
 
     def _replace(self, worker: WorkerProcess) -> None:
         """Start another worker and offer again what the dead one may have taken."""
         place = self._workers.index(worker)
         worker.close()
         self._workers[place] = WorkerProcess(self._offers, self._job_file)
+        self._withdraw()
         held = {each.place.task for each in self._workers}
-        waiting = self._withdrawn()
-        lost = [
+        self._receive()  # last: what a worker has left since then, it has sent
+        again = [
             number
             for number, task in self._tasks.items()
-            if task.sent and number not in self._done and number not in held | waiting
+            if task.sent and number not in self._done and number not in held
         ]
-        again = sorted({*lost, *waiting})
         for number in again:
             self._tasks[number].sent = False
         self._queue.extendleft(reversed(again))
 
-    def _withdrawn(self) -> set[int]:
+    def _receive(self) -> None:
+        """Take what has arrived from workers that live."""
+        for worker in self._workers:
+            while _readable([worker.channel.fileno()], 0):
+                parcel = worker.receive()
+                if parcel is None:  # ``_wait`` will see to it
+                    break
+                self._take(parcel)
+
+    def _withdraw(self) -> None:
         """Take the orders back that no worker has taken."""
-        found = set()
         while _readable([self._offers.fileno()], 0):
             try:
-                message = self._offers.recv(2**20, socket.MSG_DONTWAIT)
+                self._offers.recv(1, socket.MSG_DONTWAIT)  # the rest of a message goes with it
             except BlockingIOError:  # a worker was quicker
                 break
-            found.add(Order(*pickle.loads(message)).task)
-        return found
 
 
 def _error(failure: Failure) -> Exception:

@@ -31,6 +31,7 @@ _FOR_THE_POOL = {
     signal.SIGUSR2,
 }
 _LAST_WORDS = 4096  # bytes
+_MOST_BETWEEN = 0.4  # seconds between two looks that count; the pool looks twice as often
 
 
 class WorkerProcess:
@@ -75,6 +76,7 @@ class WorkerProcess:
             theirs.close()
             os.close(watch)
             os.close(lifeline)
+        self._seen, self._looked, self._busy = self.place, 0.0, 0.0
         self.pid = self._process.pid
         self.proven = False
 
@@ -93,10 +95,16 @@ class WorkerProcess:
         return parcel
 
     def overdue(self, seconds: float) -> Place | None:
-        """What it is at, if it has been decoding one sample for longer than this."""
-        place = self.place
-        late = place.since and time.monotonic_ns() - place.since > seconds * 1e9
-        return place if late else None
+        """What it is at, if it has been decoding one sample for longer than this.
+
+        To be asked often: of a long time between two looks little counts, as the whole job may
+        have been suspended.
+        """
+        now, place = time.monotonic(), self.place
+        passed = min(now - max(self._looked, place.since / 1e9), _MOST_BETWEEN)
+        self._busy = passed + (self._busy if place == self._seen else 0.0)
+        self._seen, self._looked = place, now
+        return place if place.since and self._busy > seconds else None
 
     def kill(self) -> None:
         """End it, whatever it is at."""

@@ -49,7 +49,7 @@ class ShardStore:
     def open(self, shard: ShardIndex) -> BinaryIO:
         """Open a shard for reading; one that lies elsewhere is fetched whole, once per node.
 
-        What is open, or mapped from it, stays readable when the cache throws the shard out.
+        What is open stays readable when the cache throws the shard out.
 
         Raises:
             DataError: it is missing, cannot be fetched, is not what the manifest says, or does

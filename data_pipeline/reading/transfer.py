@@ -8,6 +8,7 @@ may name them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,13 +16,14 @@ import random
 import select
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
 from data_pipeline.errors import DataError
+from data_pipeline.reading.overseen import OverseenFile
 
 ATTEMPTS = 4
 PAUSE_SECONDS = 0.5
@@ -177,14 +179,14 @@ def _open(url: str) -> Iterator[_Read]:
         )
     if scheme in fsspec.available_protocols():
         try:
-            system, path = fsspec.url_to_fs(url, **_options(scheme))
+            file = OverseenFile(
+                lambda: _fsspec_file(url, scheme), CONNECT_SECONDS + SILENCE_SECONDS, SLOWEST
+            )
         except ImportError:
             if not _known_to_gopen(scheme):
                 raise
         else:
-            # A web server is asked for the file at once; the size would be asked for before it.
-            streamed = {"block_size": 0, "size": 1} if scheme in ("http", "https") else {}
-            with system.open(path, "rb", **streamed) as file:
+            with contextlib.closing(file):
                 yield file.read
             return
     elif not _known_to_gopen(scheme):
@@ -193,8 +195,16 @@ def _open(url: str) -> Iterator[_Read]:
         yield read
 
 
+def _fsspec_file(url: str, scheme: str) -> AbstractContextManager[Any]:
+    system, path = fsspec.url_to_fs(url, **_options(scheme))
+    # A web server is asked for the file at once; the size would be asked for before it.
+    streamed = {"block_size": 0, "size": 1} if scheme in ("http", "https") else {}
+    file: AbstractContextManager[Any] = system.open(path, "rb", **streamed)
+    return file
+
+
 def _options(scheme: str) -> dict[str, Any]:
-    """What a file system must be told: to wait for neither connection nor bytes for ever."""
+    """What a file system can be told: to wait for neither connection nor bytes for ever."""
     if scheme in ("http", "https"):
         import aiohttp
 

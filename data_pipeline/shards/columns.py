@@ -193,10 +193,10 @@ class _Samples(Sequence[SampleIndex]):
         key = slice(*self._span("key_end", row))
         return SampleIndex(
             key=columns["keys"][key].tobytes().decode("ascii"),
-            json_offset=int(columns["json_offset"][row]),
-            json_size=int(columns["json_size"][row]),
+            json_offset=columns["json_offset"].item(row),
+            json_size=columns["json_size"].item(row),
             media=tuple(map(self._medium, range(*self._span("media_end", row)))),
-            json_crc32=int(columns["json_crc32"][row]),
+            json_crc32=columns["json_crc32"].item(row),
         )
 
     def __iter__(self) -> Iterator[SampleIndex]:
@@ -209,18 +209,18 @@ class _Samples(Sequence[SampleIndex]):
 
     def _span(self, ends: str, row: int) -> tuple[int, int]:
         column = self._columns[ends]
-        return (int(column[row - 1]) if row else 0), int(column[row])
+        return (column.item(row - 1) if row else 0), column.item(row)
 
     def _medium(self, row: int) -> MediumIndex:
         columns = self._columns
         return MediumIndex(
-            modality=self._table.modalities[columns["modality"][row]],
-            member=self._table.members[columns["member"][row]],
-            offset=int(columns["offset"][row]),
-            size=int(columns["size"][row]),
-            duration_ms=int(columns["duration_ms"][row]),
-            frames=int(columns["frames"][row]),
-            crc32=int(columns["crc32"][row]),
+            modality=self._table.modalities[columns["modality"].item(row)],
+            member=self._table.members[columns["member"].item(row)],
+            offset=columns["offset"].item(row),
+            size=columns["size"].item(row),
+            duration_ms=columns["duration_ms"].item(row),
+            frames=columns["frames"].item(row),
+            crc32=columns["crc32"].item(row),
         )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,17 +53,22 @@ class ShardIndex:
     @property
     def samples(self) -> Sequence[SampleIndex]:
         """One entry per sample, made when it is asked for."""
-        return _table(index_path(self.path)).samples
+        return _table(self._index).samples
 
     @property
     def columns(self) -> Mapping[str, np.ndarray]:
         """The index by columns, see ``columns.COLUMNS``; mapped, not to be written to."""
-        return _table(index_path(self.path)).columns
+        return _table(self._index).columns
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the codes in the column ``modality``."""
-        return _table(index_path(self.path)).modalities
+        return _table(self._index).modalities
+
+    @cached_property
+    def _index(self) -> Path:
+        # Kept, since making and hashing a path takes longer than finding a sample.
+        return index_path(self.path)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -7,7 +7,9 @@ import threading
 import time
 from pathlib import Path
 
+from data_pipeline.reading import inline
 from data_pipeline.reading.pool import ReaderPool
+from data_pipeline.reading.reader import RawSample, SampleReader
 from tests.data_pipeline.reading_set import job, open_set, row, trap
 
 
@@ -17,6 +19,21 @@ def alone(folder: Path, note: Path, what: str) -> None:
     with ReaderPool(found, 0, 0.5) as pool:
         pool.submit(7, [row("talk-2"), row("talk-3"), row("talk-4")])
         print(pool.result(7), flush=True)
+
+
+def from_far_away(folder: Path, note: Path) -> None:
+    """Read samples whose bytes are longer in coming than decoding may take, and say which."""
+    inline._SLACK = 0.0
+    fetch = SampleReader.fetch
+
+    def slow(reader: SampleReader, row: int) -> RawSample:
+        time.sleep(1.0)
+        return fetch(reader, row)
+
+    SampleReader.fetch = slow  # type: ignore[method-assign]
+    with ReaderPool(job(open_set(folder), in_progress=note), 0, 0.3) as pool:
+        pool.submit(0, [row("plain-0"), row("plain-1")])
+        print([sample.key for sample in pool.result(0)])
 
 
 def with_workers(folder: Path) -> None:
@@ -39,5 +56,7 @@ def with_workers(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "workers":
         with_workers(Path(sys.argv[2]))
+    elif sys.argv[1] == "far":
+        from_far_away(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         alone(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[1])

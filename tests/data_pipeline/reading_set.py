@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -145,7 +147,8 @@ class TrapRule(TowerRule):
     It stands for a decoder that runs wild: what it does, it does in C while a sample is decoded.
 
     Attributes:
-        traps: duration in milliseconds -> ``hang``, ``crash``, ``spin``, ``fail`` or ``exit``.
+        traps: duration in milliseconds -> ``hang``, ``crash``, ``spin``, ``fail``, ``exit``,
+            ``kill`` or ``nap``.
     """
 
     traps: Mapping[int, str]
@@ -169,6 +172,11 @@ class TrapRule(TowerRule):
             raise ZeroDivisionError("a mistake in the rule")
         elif trap == "exit":
             os._exit(7)
+        elif trap == "kill":  # as the system does where memory is short
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif trap == "nap":  # half a second of work, which takes longer where it is suspended
+            for _ in range(10):
+                time.sleep(0.05)
         return super().tokens(modality, duration_ms)
 
 

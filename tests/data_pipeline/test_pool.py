@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -16,8 +17,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.reading.in_progress import left_in_progress
 from data_pipeline.reading.pool import ReaderPool, _readable
 from data_pipeline.reading.reader import ReadingJob, SampleReader
+from data_pipeline.reading.remote import ShardStore
 from data_pipeline.reading.sample import BrokenSample, Sample
 from data_pipeline.reading.watch import NOWHERE
+from data_pipeline.shards.index import ShardIndex
 from tests.data_pipeline.reading_set import ROWS, RULE, job, open_set, row, same, tasks, trap, write
 from unimoe_mcore.config.towers import TowerRule
 
@@ -139,6 +142,7 @@ def test_memory_goes_with_the_arrays(plain):
     [
         ({"talk_3": "hang"}, {"talk-3": "slow"}),
         ({"talk_3": "crash"}, {"talk-3": "crashed"}),
+        ({"talk_3": "kill"}, {"talk-3": "crashed"}),
         (
             {"talk_0": "exit", "talk_3": "crash", "talk_4": "hang", "talk_7": "spin"},
             {"talk-0": "crashed", "talk-3": "crashed", "talk-4": "slow", "talk-7": "slow"},
@@ -156,6 +160,7 @@ def test_a_wild_decoder_costs_its_sample_only(folder, expected, workers, traps, 
     reasons = {o.key: o.reason for _, each in found for o in each if isinstance(o, BrokenSample)}
     assert set(reasons) == set(kinds)
     how = {"hang": "longer than 2 s", "spin": "longer than 2 s", "crash": "SIGSEGV", "exit": "7"}
+    how["kill"] = "SIGKILL"
     for name, what in traps.items():
         assert how[what] in reasons[name.replace("_", "-")]
 
@@ -270,6 +275,74 @@ def test_workers_that_somebody_kills(plain, expected):
             assert_right(pool.result(number), wanted[number], expected)
 
 
+class SlowStore(ShardStore):
+    """Shards that are long in coming."""
+
+    def open(self, shard: ShardIndex) -> BinaryIO:
+        time.sleep(0.3)
+        return super().open(shard)
+
+
+@pytest.mark.parametrize("fetching", [True, False])
+def test_a_busy_worker_that_somebody_kills_costs_no_sample(plain, expected, fetching):
+    rows = [row(f"clip-{number % 3}") for number in range(30)]
+    found = replace(plain, store=SlowStore()) if fetching else plain
+    with ReaderPool(found, 1, LONG) as pool:
+        pool.submit(0, rows)
+
+        def busy() -> bool:
+            place = pool._workers[0].place
+            return place.position != NOWHERE and (place.since == 0) == fetching
+
+        assert until(busy)
+        os.kill(pool._workers[0].pid, signal.SIGKILL)
+        assert_right(pool.result(0), rows, expected)
+
+
+def test_what_is_done_is_not_offered_again(folder, expected):
+    """Though nobody has received it yet when a worker dies."""
+    hanging = trap(talk_3="hang", talk_4="hang")
+    wanted = {number: [row("talk-1"), row("pic-2")] for number in range(1, 9)}
+    with ReaderPool(job(open_set(folder), rule=hanging), 2, LONG) as pool:
+
+        def hung() -> list[int]:
+            return [w.pid for w in pool._workers if w.place.since]
+
+        pool.submit(0, [row("talk-3"), row("talk-4")])
+        offers = [pool._offers.fileno()]
+        assert until(hung)
+        (first,) = hung()
+        (other,) = (worker for worker in pool._workers if worker.pid != first)
+        for number, rows in wanted.items():
+            pool.submit(number, rows)
+        assert until(lambda: not _readable(offers, 0) and other.place.task == NOWHERE)
+        os.kill(other.pid, signal.SIGSTOP)  # what it has done can be received
+        os.kill(first, signal.SIGKILL)
+        assert until(lambda: not running(first))
+        for number, rows in wanted.items():
+            assert_right(pool.result(number), rows, expected)
+        assert until(lambda: hung() and hung() != [first])
+        assert not _readable(offers, 0)
+        (second,) = hung()
+        os.kill(second, signal.SIGKILL)
+        assert until(lambda: not running(second))
+        os.kill(other.pid, signal.SIGCONT)
+        pool.submit(1, wanted[1])  # the number is free again
+        assert_right(pool.result(1), wanted[1], expected)
+
+
+def test_a_suspended_job_has_no_slow_samples(folder, expected):
+    rows = [row("talk-2"), row("talk-3")]
+    with ReaderPool(job(open_set(folder), rule=trap(talk_3="nap")), 1, 1.5) as pool:
+        pool.submit(0, rows)
+        worker = pool._workers[0]
+        assert until(lambda: worker.place.position == 1 and worker.place.since)
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(1.8)  # this process does nothing either
+        os.kill(worker.pid, signal.SIGCONT)
+        assert_right(pool.result(0), rows, expected)
+
+
 def test_signals_to_all_processes_of_a_job_are_for_the_pool(plain, expected):
     with ReaderPool(plain, 2, LONG) as pool:
         pool.submit(0, [0])
@@ -328,6 +401,13 @@ def test_a_process_that_dies_of_a_sample_leaves_a_note(folder, tmp_path, what, k
     assert (found.kind, found.dataset, found.key) == (kind, "talk", "talk-3")
     assert found.shard == "talk-00000.tar"
     assert words in found.reason
+
+
+def test_bytes_may_be_long_in_coming(folder, tmp_path):
+    with _start("far", str(folder), str(tmp_path / "note")) as program:
+        out, words = program.communicate(timeout=60)
+    assert program.returncode == 0, words
+    assert out.strip() == "['plain-0', 'plain-1']"
 
 
 def test_a_killed_process_says_nothing_against_its_sample(folder, tmp_path):

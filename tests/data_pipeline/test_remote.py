@@ -1,5 +1,6 @@
 """Sets that lie elsewhere: mirrored, fetched, cached, by many processes, some of them killed."""
 
+import io
 import json
 import os
 import pickle
@@ -7,11 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
+from fsspec.registry import known_implementations
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import transfer
@@ -126,6 +131,56 @@ def test_what_does_not_pass_is_said(fault, requests, sentence, server, tmp_path,
         store.path(shard)
     assert server.requests[path_of(shard)] == requests
     assert held(tmp_path / "cache") == 0
+
+
+class Silent(fsspec.AbstractFileSystem):
+    """A file system that stops answering at one point, and knows no limit of its own."""
+
+    cachable = False
+    stops_at = ""
+    started = 0
+    woken = threading.Event()
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        Silent.started += 1
+        self.arrive("connecting")
+
+    def open(self, path, mode="rb", **options) -> AbstractContextManager:
+        self.arrive("opening")
+        file = io.BytesIO(bytes(2**21))
+        read = file.read
+
+        def answer(size: int) -> bytes:
+            if file.tell():
+                self.arrive("reading")
+            return read(size)
+
+        return nullcontext(SimpleNamespace(read=answer))
+
+    def arrive(self, point: str) -> None:
+        if point == self.stops_at:
+            self.woken.wait(60)
+
+
+@pytest.mark.parametrize("point", ["connecting", "opening", "reading"])
+def test_a_file_system_without_a_time_limit(point, tmp_path, monkeypatch):
+    known = {"class": f"{__name__}.Silent"}
+    monkeypatch.setitem(known_implementations, "silent", known)
+    for name, value in {"CONNECT": 0.05, "SILENCE": 0.05, "PAUSE": 0.01}.items():
+        monkeypatch.setattr(transfer, f"{name}_SECONDS", value)
+    monkeypatch.setattr(transfer, "SLOWEST", 2**40)
+    monkeypatch.setattr(Silent, "stops_at", point)
+    monkeypatch.setattr(Silent, "started", 0)
+    with pytest.raises(DataError, match=r"silent://bucket/set/.*without a byte.*attempt 4 of 4"):
+        open_set("silent://bucket/set", tmp_path)
+    assert Silent.started == 4
+    Silent.woken.set()  # what was left behind ends
+    overseen = [each for each in threading.enumerate() if each.name == "overseen read"]
+    for thread in overseen:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in overseen)
+    Silent.woken.clear()
 
 
 def test_no_secret_is_printed(server, tmp_path):

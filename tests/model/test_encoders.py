@@ -157,8 +157,8 @@ def test_fingerprint_follows_weights_settings_and_version(monkeypatch):
     assert build_encoder(unread).fingerprint() in seen
 
 
-SOUND_READERS = {"numpy", "soundfile", "soxr", "torch"}
-PICTURE_READERS = {"av", "numpy", "pillow", "torch"}
+SOUND_READERS = {"av", "numpy", "soundfile", "soxr", "torch"}
+PICTURE_READERS = {"av", "imagecodecs", "numpy", "pillow", "simplejpeg", "torch"}
 
 
 @pytest.mark.parametrize(
