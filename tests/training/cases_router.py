@@ -256,7 +256,7 @@ def shared(folder: str) -> dict[str, Any]:
     loaded = {
         name: torch.equal(p, dense.read(name.replace(".shared_experts", "")))
         for name, p in stage.module.chunks[0].named_parameters()
-        if ".shared_experts." in name
+        if ".shared_experts." in name and ".lora_" not in name
     }
     dist.barrier()
     groups.destroy(keep_world=True)

@@ -52,7 +52,7 @@ class StageConfig:
             folder that a stage-2 run gave.
         shared_expert: for ``moe``: where an MLP comes from that every token of a block with experts
             passes besides those it is sent to, named like one of ``experts``; empty for none. Its
-            output is added to theirs.
+            output is added to theirs; adapters on ``mlp`` are also on it.
         connectors: for ``moe``: tower -> folder it comes from. A tower that is not named takes
             the connector of the one expert run specialised in it, else that of ``start``.
         train: parts that train (``unimoe_mcore.model.parts``); all else is frozen. ``connectors``

@@ -105,8 +105,8 @@ class BalancedRouter(TopKRouter):
     Attributes:
         step: set by whoever trains (``unimoe_mcore.training.routers``).
         tally: of the step so far.
-        previous_load: with ``balance=global``: load of the whole step before, ``[experts]`` int64.
-        expert_bias: with ``balance=bias``: added to the scores that experts are chosen by.
+        previous_load: with ``balance=global``: load of the whole step before, ``[experts]`` fp32.
+        expert_bias: with ``balance=bias``: added to the scores that experts are chosen by, fp32.
     """
 
     def __init__(
@@ -126,10 +126,16 @@ class BalancedRouter(TopKRouter):
         first = pg_collection.ep.rank() * local
         self.local_experts = slice(first, first + local)
         if moe.balance == "global":
-            self.register_buffer("previous_load", torch.zeros(self.experts, dtype=torch.int64))
+            self.register_buffer("previous_load", torch.zeros(self.experts, dtype=torch.float32))
         if moe.balance == "bias":
             del self.expert_bias  # Megatron's own would be moved by its gradient finalisation
             self.register_buffer("expert_bias", torch.zeros(self.experts, dtype=torch.float32))
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Megatron's moment to bring back to fp32 what a bf16 model cast: before any use."""
+        super()._maintain_float32_expert_bias()
+        if self.moe.balance == "global":
+            self.previous_load.data = self.previous_load.data.float()
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
         """Noise in training only; Megatron's would also be there in evaluation."""
@@ -147,7 +153,6 @@ class BalancedRouter(TopKRouter):
             ``[tokens, experts]``.
         """
         logits = logits.view(-1, self.experts)
-        marks = read_marks(padding_mask, len(logits), logits.device)
         probs, chosen = topk_routing_with_score_function(
             logits,
             self.topk,
@@ -157,15 +162,25 @@ class BalancedRouter(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=self.router_replay,
         )
-        wanted = chosen & marks.valid[:, None]
-        kept = chosen
-        if self.moe.capacity and self.training:
+        limited = self.moe.capacity > 0 and self.training
+        # Recomputation runs a layer twice; only the second time with gradients.
+        step = self.step if self.training and torch.is_grad_enabled() else None
+        if step is not None and not self._counts_in(step):
+            step = None
+        if step is None and not limited:
+            return probs, chosen
+        marks = read_marks(padding_mask, len(logits), logits.device)
+        wanted, kept = chosen & marks.valid[:, None], chosen
+        if limited:
             kept = within_capacity(probs.detach(), wanted, self.topk, self.moe.capacity)
             probs = probs * kept
-        # Recomputation runs a layer twice; only the second time with gradients.
-        if self.step is not None and self.training and torch.is_grad_enabled():
-            probs = self._count(self.step, probs, logits, wanted, kept, marks)
+        if step is not None:
+            probs = self._count(step, probs, logits, wanted, kept, marks)
         return probs, kept
+
+    def _counts_in(self, step: RouterStep) -> bool:
+        """Whether anything of the step's choices is wanted by anybody."""
+        return step.record or step.z_loss > 0 or self.moe.balance != "none"
 
     def _count(
         self,
@@ -237,10 +252,10 @@ class BalancedRouter(TopKRouter):
     @torch.no_grad()
     def end(self, load: Tensor) -> None:
         """Take up the load of the whole step, ``[experts]``, summed over all ranks."""
+        self._maintain_float32_expert_bias()
         if self.moe.balance == "global":
             self.previous_load.copy_(load)
         if self.moe.balance == "bias":
-            self._maintain_float32_expert_bias()
             self.expert_bias.copy_(moved_bias(self.expert_bias, load, self.moe.bias_rate))
 
 

@@ -99,6 +99,8 @@ class Routers:
         Returns:
             Metrics (``router/...``) if this step is recorded.
         """
+        for chunk in self._chunks:
+            chunk.detailed_marks = False
         remembers = self.moe.balance in ("global", "bias")
         if not self._blocks or not (remembers or self._record):
             return {}
