@@ -2,18 +2,91 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.training.cases_stages import composed, opened
-from unimoe_mcore.checkpoints.store import sharded_tensors
+from tests.training.cases_stages import composed, opened, run_stage, skewed, stopped_and_resumed
+from unimoe_mcore.checkpoints.giving import give
+from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors
+from unimoe_mcore.checkpoints.training import main_parameter, trained_tensors
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
+
+
+def together(folder: str, calls: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Several of the functions below in one launch."""
+    return [globals()[name](folder, **arguments) for name, arguments in calls]
+
+
+def layouts(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """``few_steps`` for every case: name -> its arguments."""
+    return {name: few_steps(folder, **case) for name, case in cases.items()}
+
+
+def few_steps(
+    folder: str,
+    recipe: str,
+    extra: list[str],
+    steps: int = 3,
+    deal: str = "balanced",
+    save: str = "",
+    load: str = "",
+) -> dict[str, Any]:
+    """Some steps from filled adapters, and what they did.
+
+    Args:
+        deal: ``skewed`` to deal modalities apart.
+        save: name of a run to leave behind, with a checkpoint before the last step.
+        load: name of such a run to go on from, for one step.
+    """
+    stage = opened(composed(folder, recipe, f"name={save or 'scratch'}", *extra))
+    module, first = stage.module, 0
+    fill_adapters(stage)
+    if load:
+        first, steps = _taken_up(stage, load), 1
+    before, log = whole(stage), []
+    with stage.pool(stage.samples) as pool:
+        feed = stage.feed(pool)
+        for step in range(first, first + steps):
+            if save and step == first + steps - 1:
+                stage._save(step)
+            batches = skewed(stage, step) if deal == "skewed" else feed.read(step)
+            result = train_step(module, batches, step)
+            total = result.sums.sum(0)
+            log.append([(total[0] / total[1]).item(), result.grad_norm])
+    moved = {name: (v - before[name]).abs().max().item() for name, v in whole(stage).items()}
+    facts = {
+        "log": log,
+        "apart": apart(stage),
+        "moved": moved,
+        "cached": [m for m, where in module.feature_folders().items() if where is not None],
+        "types": sorted({str(p.dtype) for c in module.chunks for p in c.parameters()}),
+        "rounded": _rounded(stage),
+    }
+    closed(stage, forget=not save)
+    return facts
+
+
+def _taken_up(stage: StageRun, run: str) -> int:
+    """Load the checkpoint of another run as if it were this one's; steps that are done."""
+    if dist.get_rank() == 0:
+        source = stage.directory.path.parent / run / "checkpoints"
+        shutil.copytree(source, stage.directory.checkpoints, dirs_exist_ok=True)
+    dist.barrier()
+    return stage._resume()
+
+
+def _rounded(stage: StageRun) -> bool:
+    """Whether every trained weight is its fp32 main weight, rounded."""
+    weights = [p for c in stage.module.chunks for p in c.parameters() if p.requires_grad]
+    return all(torch.equal(p, main_parameter(p).to(p.dtype)) for p in weights)
 
 
 def fill_adapters(stage: StageRun) -> None:
@@ -26,92 +99,140 @@ def fill_adapters(stage: StageRun) -> None:
             if ".lora_" not in tensor.key:
                 continue
             generator = torch.Generator().manual_seed(name_seed(7, tensor.key))
-            whole = torch.randn(tuple(tensor.global_shape), generator=generator) * 0.2
+            values = torch.randn(tuple(tensor.global_shape), generator=generator) * 0.2
             assert tensor.data is not None
             with torch.no_grad():
-                tensor.data.copy_(whole[tensor.global_slice()])
+                tensor.data.copy_(values[tensor.global_slice()])
     stage.module.optimizer.reload_model_params()
 
 
-def steps_of(stage: StageRun, steps: int, first: int = 0) -> list[list[float]]:
-    """Loss and gradient norm of a few steps."""
-    log = []
-    with stage.pool(stage.samples) as pool:
-        feed = stage.feed(pool)
-        for step in range(first, first + steps):
-            result = train_step(stage.module, feed.read(step), step)
-            total = result.sums.sum(0)
-            log.append([(total[0] / total[1]).item(), result.grad_norm])
-    return log
+def whole(stage: StageRun) -> dict[str, torch.Tensor]:
+    """This rank's trained parameters (fp32) by name and place."""
+    return {
+        f"{tensor.key} {tuple(tensor.global_offset)}": tensor.data.detach().clone()
+        for tensor in trained_tensors(stage.module.chunks)
+        if tensor.data is not None
+    }
 
 
 def apart(stage: StageRun) -> list[str]:
-    """Names of tensors whose replicas on different ranks are not bitwise equal."""
-    mine: dict[str, Any] = {}
-    for chunk in stage.module.chunks:
-        for tensor in sharded_tensors(chunk.sharded_state_dict()):
-            place = f"{tensor.key} {tuple(tensor.global_offset)}"
-            assert tensor.data is not None
-            mine[place] = tensor.data.detach().double().sum().item().hex() + (
-                tensor.data.detach().double().square().sum().item().hex()
-            )
+    """Names of trained tensors whose replicas on different ranks are not bitwise equal."""
+    mine = {
+        place: (value.double().sum().item().hex(), value.double().square().sum().item().hex())
+        for place, value in whole(stage).items()
+    }
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
-    seen: dict[str, set[str]] = {}
+    seen: dict[str, set[Any]] = {}
     for rank in everywhere:
         for place, value in rank.items():
             seen.setdefault(place, set()).add(value)
     return sorted(place for place, values in seen.items() if len(values) > 1)
 
 
-def closed(stage: StageRun) -> None:
-    """Leave the layout and forget the run."""
+def closed(stage: StageRun, forget: bool = True) -> None:
+    """Leave the layout; with ``forget`` remove what was recorded."""
     dist.barrier()
     groups.destroy(keep_world=True)
-    if dist.get_rank() == 0:
+    if forget and dist.get_rank() == 0:
         shutil.rmtree(stage.directory.path, ignore_errors=True)
     dist.barrier()
 
 
-def adapters(folder: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
-    """Three steps of stage 3 from filled adapters in every layout."""
-    results = {}
-    for name, layout in layouts.items():
-        stage = opened(composed(folder, "stage3", "name=scratch", *layout))
-        fill_adapters(stage)
-        results[name] = {"log": steps_of(stage, 3), "apart": apart(stage)}
-        closed(stage)
-    return results
+def rates(folder: str, extra: list[str]) -> dict[str, Any]:
+    """Rate and weight decay of every trained parameter after one step, and the records."""
+    stage = opened(composed(folder, "stage3", "name=rates", *extra))
+    with stage.pool(stage.samples) as pool:
+        result = train_step(stage.module, stage.feed(pool).read(0), 0)
+    held = {
+        main_parameter(parameter): str(chunk_state[name].key)
+        for chunk in stage.module.chunks
+        for chunk_state in (chunk.sharded_state_dict(),)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    }
+    given = {
+        held[parameter]: [group["lr"], group["weight_decay"]]
+        for group in stage.module.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    stage._announce()
+    dist.barrier()
+    facts = {
+        "given": given,
+        "lr": result.lr,
+        "lrs": result.lrs,
+        "parameters": json.loads(stage.directory.parameters.read_text()),
+    }
+    closed(stage)
+    return facts
 
 
-def saved(folder: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
-    """``adapters``; every layout's state after three steps is saved, then it takes a fourth."""
-    results = {}
-    for name, layout in layouts.items():
-        stage = opened(composed(folder, "stage3", f"name=saved-{name}", *layout))
-        fill_adapters(stage)
-        log = steps_of(stage, 3)
-        stage._save(3)
-        results[name] = {
-            "log": [*log, *steps_of(stage, 1, first=3)],
-            "apart": apart(stage),
-        }
-        dist.barrier()
-        groups.destroy(keep_world=True)
-    return results
+def merged(folder: str, extra: list[str]) -> dict[str, Any]:
+    """Logits of an adapted mixture, and of one without adapters made of what it gave merged."""
+    stage = opened(composed(folder, "stage3", "name=adapted", "stage.lora.merge=true", *extra))
+    fill_adapters(stage)
+    wanted, plain = _logits(stage), Path(folder) / "merged"
+    module = stage.module
+    give(plain, stage.recipe, module.chunks, stage.sources, "", stage.tokenizer)
+    closed(stage)
+    bare = ["stage.lora.targets=[]", "stage.train=[router, connectors]"]
+    stage = opened(composed(folder, "stage3", "name=merged", *bare, *extra))
+    fresh, reader = _logits(stage), ShardReader(plain)
+    for chunk in stage.module.chunks:
+        for tensor in sharded_tensors(chunk.sharded_state_dict()):
+            if tensor.key in reader.tensors:
+                reader.fill(tensor)
+    found = _logits(stage)
+    closed(stage)
+    return {
+        "difference": (found - wanted).abs().max().item(),
+        "adapted": (fresh - wanted).abs().max().item(),
+        "largest": wanted.abs().max().item(),
+        "adapters": [name for name in reader.tensors if ".lora_" in name],
+    }
 
 
-def continued(folder: str, name: str, layouts: dict[str, list[str]]) -> dict[str, Any]:
-    """The fourth step after a state that ``saved`` left, in other layouts."""
-    results = {}
-    for layout, overrides in layouts.items():
-        recipe = composed(folder, "stage3", "name=scratch", *overrides)
-        stage = opened(recipe)
-        if dist.get_rank() == 0:
-            source = stage.directory.path.parent / f"saved-{name}" / "checkpoints"
-            shutil.copytree(source, stage.directory.checkpoints, dirs_exist_ok=True)
-        dist.barrier()
-        assert stage._resume() == 3
-        results[layout] = {"log": steps_of(stage, 1, first=3), "apart": apart(stage)}
-        closed(stage)
-    return results
+@torch.no_grad()
+def _logits(stage: StageRun) -> torch.Tensor:
+    """Of this rank's samples of the first step."""
+    with stage.pool(stage.samples) as pool:
+        batches = stage.feed(pool).read(0)
+    return torch.cat([stage.module.chunks[0](batch, with_loss=False)[0] for batch in batches])
+
+
+ENCODERS = "stage.train=[connectors, encoder.image, encoder.speech]"
+
+
+def encoder_stages(folder: str) -> dict[str, Any]:
+    """Encoders trained in stage 1, with and without a stop, and taken up by later stages."""
+    started = run_stage(composed(folder, "stage1", "name=seeing", ENCODERS))
+    parts = stopped_and_resumed(folder, "stage1", "seeing-parts", ENCODERS)
+    runs = Path(folder) / "runs"
+    first = _encoder(runs / "seeing" / "gives")
+    later = [f"stage.start={runs}/seeing/gives", "stage.expert=image", "name=seeing-expert"]
+    stage = opened(composed(folder, "stage2", *later))
+    tower = next(tower for tower in stage.module.towers() if tower.name == "image")
+    facts: dict[str, Any] = {
+        "whole": [(line["loss"], line["grad_norm"]) for line in started],
+        "parts": parts,
+        "resumed": _encoder(runs / "seeing-parts" / "gives") == first,
+        "taken": tower.features.encoder.projection.flatten().tolist() == first,
+    }
+    tower.features.release()
+    facts["again"] = tower.features.ready().projection.flatten().tolist() == first
+    given, module = Path(folder) / "seeing-expert", stage.module
+    give(given, stage.recipe, module.chunks, stage.sources, "", stage.tokenizer)
+    facts["passed_on"] = _encoder(given) == first
+    closed(stage)
+    recipe = composed(folder, "stage1", "name=scratch")
+    stage = opened(recipe)
+    tower = next(tower for tower in stage.module.towers() if tower.name == "image")
+    facts["untrained"] = tower.features.encoder.projection.flatten().tolist() == first
+    closed(stage)
+    return facts
+
+
+def _encoder(gives: Path) -> list[float]:
+    values: list[float] = ShardReader(gives).read("encoder.image.projection").flatten().tolist()
+    return values

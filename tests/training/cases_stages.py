@@ -143,8 +143,17 @@ def layouts(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
 def resumed(folder: str, extra: Sequence[str] = (), name: str = "") -> dict[str, Any]:
     """A stage-3 run in one go, and one stopped after two of four steps and started again."""
     whole = run_stage(composed(folder, "stage3", f"name={name}whole", *extra))
-    recipe = composed(folder, "stage3", f"name={name}parts", *extra)
-    stage = opened(recipe)
+    return {
+        "whole": [(line["loss"], line["grad_norm"]) for line in whole],
+        "parts": stopped_and_resumed(folder, "stage3", f"{name}parts", *extra),
+    }
+
+
+def stopped_and_resumed(
+    folder: str, recipe_name: str, name: str, *extra: str
+) -> list[tuple[float, float]]:
+    """Losses and gradient norms of a run that stops at its first checkpoint and starts again."""
+    stage = opened(composed(folder, recipe_name, f"name={name}", *extra))
 
     class StoppedError(Exception):
         pass
@@ -164,8 +173,5 @@ def resumed(folder: str, extra: Sequence[str] = (), name: str = "") -> dict[str,
         pass
     dist.barrier()
     groups.destroy(keep_world=True)
-    parts = run_stage(composed(folder, "stage3", f"name={name}parts", *extra))
-    return {
-        "whole": [(line["loss"], line["grad_norm"]) for line in whole],
-        "parts": [(line["loss"], line["grad_norm"]) for line in parts],
-    }
+    parts = run_stage(composed(folder, recipe_name, f"name={name}", *extra))
+    return [(line["loss"], line["grad_norm"]) for line in parts]

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import RateConfig
 from unimoe_mcore.config.validate import validate
 
 # Every recipe's first default: gives all keys their types and default values.
@@ -52,14 +53,21 @@ OPEN = (
     "stage.connectors.",
     "stage.expert_datasets.",
     "stage.expert_steps.",
-    "stage.rates.",
+    "stage.rates",
     "data.datasets.",
     "data.combinations",
 )
 """Groups whose keys the user makes up; elsewhere Hydra wants a ``+`` in front of a new key."""
 
 
+_RATE = re.compile(rf"stage\.rates\.(.+?)(?:\.({'|'.join(vars(RateConfig()))}))?=(.*)")
+
+
 def _opened(override: str) -> str:
+    rate = _RATE.fullmatch(override)
+    if rate:  # Hydra makes no typed entry of a path, and a part's name may hold a dot
+        part, key, value = rate.groups()
+        override = f"stage.rates={{{part}: {f'{{{key}: {value}}}' if key else value}}}"
     return f"++{override}" if override.startswith(OPEN) else override
 
 
@@ -90,6 +98,8 @@ def _first_line(error: Exception) -> str:
     if lacking:
         return f"stage.expert is {lacking[1]!r}, of which stage.expert_datasets knows nothing"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if "is not a subclass of RateConfig" in str(cause):
+        return f"it must be a group of {', '.join(vars(RateConfig()))}"
     return str(cause).strip().splitlines()[0].rstrip(".")
 
 
