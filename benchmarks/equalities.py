@@ -72,6 +72,11 @@ SPARSE = {
     "TP2xEP2": Layout(4, 2, (*TENSOR, "parallel.expert=2")),
     "EP2xETP2": Layout(4, 4, ("parallel.expert=2", "parallel.expert_tensor=2")),
     "DP2xEP2": Layout(4, 4, ("parallel.expert=2",)),
+    "TP2xPP2": Layout(4, 1, (*TENSOR, *PIPELINE)),
+    "TP2xPP2xEP2": Layout(4, 1, (*TENSOR, *PIPELINE, "parallel.expert=2")),
+    "PP2xEP2, two virtual stages": Layout(
+        4, 2, (*PIPELINE, "parallel.expert=2", "parallel.virtual_pipeline=2")
+    ),
 }
 
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -137,7 +142,7 @@ def _layout_cases(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, str, str]]]:
     cases, labels = {}, {}
     for stage, (recipe, _) in STAGES.items():
-        layouts = {**DENSE, **SPARSE} if recipe == "stage3" else DENSE
+        layouts = {**DENSE, **SPARSE} if stage == "stage 3" else DENSE
         for name, layout in layouts.items():
             if layout.processes != processes:
                 continue
