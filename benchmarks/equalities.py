@@ -141,7 +141,7 @@ def _layout_cases(
     processes: int, overrides: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, str, str]]]:
     cases, labels = {}, {}
-    for stage, (recipe, _) in STAGES.items():
+    for stage in STAGES:
         layouts = {**DENSE, **SPARSE} if stage == "stage 3" else DENSE
         for name, layout in layouts.items():
             if layout.processes != processes:

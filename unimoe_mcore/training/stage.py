@@ -204,7 +204,8 @@ class StageRun:
                 tower.features.release()
 
     def _announce(self) -> None:
-        total, trained = count_parameters(self.module.chunks[0])
+        counts = [count_parameters(chunk) for chunk in self.module.chunks]
+        total, trained = (sum(each) for each in zip(*counts, strict=True))
         parts = dict(sorted(self.module.trained.items()))
         ranks, layout = dist.get_world_size(), asdict(self.recipe.parallel)
         self.directory.event(
