@@ -137,9 +137,9 @@ def test_all_problems_of_a_layout_are_told_with_the_others() -> None:
 
 
 def test_an_untested_layout_needs_a_word() -> None:
-    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=2"]
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert_tensor=2"]
     layout += ["parallel.expert=1", "trainer.evaluation.routing=false"]
-    with pytest.raises(UserError, match=r"tensor x pipeline .* parallel\.allow_untested=true"):
+    with pytest.raises(UserError, match=r"tensor x expert_tensor .* parallel\.allow_untested=true"):
         compose_recipe("stage3", layout, world_size=4)
     allowed = compose_recipe("stage3", [*layout, "parallel.allow_untested=true"], world_size=4)
     assert allowed.parallel.allow_untested

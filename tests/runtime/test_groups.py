@@ -54,7 +54,7 @@ def test_every_problem_is_reported() -> None:
     assert len(check_layout(ParallelConfig(tensor=-1, expert=0), 0)) == 3
 
 
-UNTESTED = ParallelConfig(tensor=2, sequence_parallel=True, pipeline=2)
+UNTESTED = ParallelConfig(tensor=2, sequence_parallel=True, expert_tensor=2)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_tested_layouts_and_allowed_ones_pass(parallel: ParallelConfig) -> None:
 
 def test_an_untested_layout_is_refused_with_what_was_tested() -> None:
     (sentence,) = check_tested(UNTESTED)
-    assert "the layout tensor x pipeline was never compared" in sentence
+    assert "the layout tensor x expert_tensor was never compared" in sentence
     assert "parallel.allow_untested=true" in sentence
     for kind in ("pipeline x virtual_pipeline", "expert x expert_tensor", "data parallelism alone"):
         assert kind in sentence
