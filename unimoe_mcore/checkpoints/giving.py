@@ -68,6 +68,7 @@ def give(
             },
             sources=sources.hashes,
             data=data,
+            steps=recipe.trainer.steps,
         )
         seal(partial, facts)
         publish(partial, folder)
