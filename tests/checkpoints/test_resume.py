@@ -125,6 +125,15 @@ def test_it_gives_the_same_weights(killed: Path, world: World) -> None:
         assert (killed / "gives" / name).read_bytes() == expected.read_bytes()
 
 
+def test_every_checkpoint_is_in_the_event_log(killed: Path) -> None:
+    saved = [e for e in read_lines(killed / "events.jsonl") if e["event"] == "saved"]
+    assert [event["step"] for event in saved][-2:] == [39, 40]
+    for event in saved:
+        assert event["stopped"] > 0
+        assert event["writing"] > 0
+        assert event["bytes"] > 1e5
+
+
 def test_nothing_half_written_is_left(killed: Path) -> None:
     assert [path for path in killed.rglob("*") if "partial" in path.name] == []
     kept = sorted(path.name for path in (killed / "checkpoints").iterdir())

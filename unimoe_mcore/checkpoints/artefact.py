@@ -35,6 +35,7 @@ class Manifest:
         data: digest of the data it was trained on.
         lora: what the adapters among the tensors are (``LoRAConfig`` as a dict); empty where there
             are none: they may have been merged into the weights.
+        steps: optimizer steps that it was trained for; 0 if that was not recorded.
         tensors: name -> shape, dtype, sha256 of the whole tensor's bytes.
         files: index files and tokenizer -> sha256; the indexes hold those of the weights.
     """
@@ -49,6 +50,7 @@ class Manifest:
     sources: dict[str, str] = field(default_factory=dict)
     data: str = ""
     lora: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT

@@ -71,6 +71,7 @@ def give(
             sources=sources.hashes,
             data=data,
             lora=asdict(recipe.stage.lora) if _gives_adapters(recipe) else {},
+            steps=recipe.trainer.steps,
         )
         seal(partial, facts)
         publish(partial, folder)

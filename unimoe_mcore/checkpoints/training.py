@@ -1,4 +1,7 @@
-"""Checkpoints of a run: what trains, its optimizer state, and the plan's position."""
+"""Checkpoints of a run: what trains, its optimizer state, and the plan's position.
+
+Imports Megatron only where tensors are read, so that a launcher can look at checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unimoe_mcore.checkpoints.files import write_text
-from unimoe_mcore.checkpoints.store import ShardReader
-from unimoe_mcore.checkpoints.trained import load_pieces
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.model.unimoe import UniMoEModel
+
+if TYPE_CHECKING:
+    from unimoe_mcore.model.unimoe import UniMoEModel
 
 STATE = "state.json"
 _BEST = "best.json"
@@ -76,6 +79,8 @@ class CheckpointFolder:
         Raises:
             UserError: if there are checkpoints, but all are damaged.
         """
+        from unimoe_mcore.checkpoints.store import ShardReader
+
         found = self.finished()
         for folder in found:
             try:
@@ -146,4 +151,7 @@ def load_checkpoint(folder: Path, chunks: Sequence[UniMoEModel], optimizer: Any)
     Raises:
         UserError: if the checkpoint lacks a tensor.
     """
+    from unimoe_mcore.checkpoints.store import ShardReader
+    from unimoe_mcore.checkpoints.trained import load_pieces
+
     load_pieces(ShardReader(folder, verify=False), chunks, optimizer)

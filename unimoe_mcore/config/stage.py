@@ -55,6 +55,8 @@ class StageConfig:
             output is added to theirs; adapters on ``mlp`` are also on it.
         connectors: for ``moe``: tower -> folder it comes from. A tower that is not named takes
             the connector of the one expert run specialised in it, else that of ``start``.
+        init_from: another run, one of its checkpoints, or what it gave: what this run trains
+            begins with the values that it holds, as far as it holds them; the steps begin at 0.
         train: parts that train (``unimoe_mcore.model.parts``); all else is frozen. ``connectors``
             and ``encoders`` stand for those of all towers. An encoder that trains runs in the
             forward pass; the others' features are cached.
@@ -71,6 +73,7 @@ class StageConfig:
     experts: list[str] = field(default_factory=list)
     shared_expert: str = ""
     connectors: dict[str, str] = field(default_factory=dict)
+    init_from: str = ""
     train: list[str] = field(default_factory=list)
     rates: dict[str, RateConfig] = field(default_factory=dict)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -13,8 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from unimoe_mcore.checkpoints.loading import load_sources
+from unimoe_mcore.checkpoints.loading import begin_with, load_sources
 from unimoe_mcore.checkpoints.sources import Sources
+from unimoe_mcore.checkpoints.starting import Start
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import stands_for
@@ -36,6 +37,7 @@ class TrainModule:
     Attributes:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
         inventory: every parameter of the whole model, and whether it trains.
+        began_with: tensors taken from ``stage.init_from`` by part.
         routers: of the chunks.
         meter: measures its steps.
     """
@@ -48,6 +50,7 @@ class TrainModule:
         kernels: dict[str, Any],
         sources: Sources,
         precision: str,
+        start: Start | None = None,
     ) -> None:
         self.recipe = recipe
         self.groups = groups
@@ -62,6 +65,7 @@ class TrainModule:
             train_only(chunk, recipe.stage)
         self.inventory = take_inventory(self.chunks)
         self._check_all_train(recipe.stage.train)
+        self.began_with = begin_with(self.chunks, start) if start is not None else {}
         self.routers = Routers(recipe, self.chunks)
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]

@@ -31,6 +31,7 @@ from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.giving import give
 from unimoe_mcore.checkpoints.saving import Saved, Saver
 from unimoe_mcore.checkpoints.sources import Sources, find_sources
+from unimoe_mcore.checkpoints.starting import Start, find_start
 from unimoe_mcore.checkpoints.trained import checkpoint_pieces
 from unimoe_mcore.checkpoints.training import (
     CheckpointFolder,
@@ -102,6 +103,7 @@ class StageRun:
             transformer_flags(detect()),
             self.sources,
             self.precision,
+            decided_by_first_rank(self._start),
         )
         self.checkpoints = CheckpointFolder(
             run.checkpoints, recipe.trainer.keep, recipe.trainer.keep_every
@@ -119,6 +121,10 @@ class StageRun:
         known = decided_by_first_rank(self.quarantine.state)
         self.quarantine.restore(known)
         self.timeline = Timeline(self.samples.sources, phases(recipe, self.manifest))
+
+    def _start(self) -> Start | None:
+        """What ``stage.init_from`` names; once there are checkpoints, they hold what trains."""
+        return None if self.directory.started else find_start(self.recipe, self.sources)
 
     def _forget_other_data(self) -> None:
         """Start afresh where the data have changed since and nothing was trained on them.
@@ -169,6 +175,7 @@ class StageRun:
         self.directory.write_version()
         self._announce()
         first = self._resume()
+        decided_by_first_rank(self._forget_outdated)
         trainer = self.recipe.trainer
         if first == 0 and trainer.evaluation.before:
             self.evaluate("before")
@@ -190,7 +197,7 @@ class StageRun:
             train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
         if trainer.evaluation.after:
             self.evaluate("after")
-        if not decided_by_first_rank(lambda: given(self.directory)):
+        if not decided_by_first_rank(lambda: given(self.directory, trainer.steps)):
             give(
                 self.directory.gives,
                 self.recipe,
@@ -200,6 +207,12 @@ class StageRun:
                 self.tokenizer,
             )
             self.directory.event("done", step=trainer.steps)
+
+    def _forget_outdated(self) -> None:
+        """Forget the answers of a run that was done and now goes on."""
+        trainer = self.recipe.trainer
+        if given(self.directory) and not given(self.directory, trainer.steps):
+            self.directory.evaluation("after", trainer.evaluation.split).unlink(missing_ok=True)
 
     def pool(self, catalogue: Catalogue, note: Path | None = None) -> ReaderPool:
         """Reads a catalogue's samples, decoded for the towers of this rank."""
@@ -245,6 +258,10 @@ class StageRun:
             precision=self.precision,
             peak=asdict(self.peak),
         )
+        if self.module.began_with:
+            self.directory.event(
+                "began with", folder=self.recipe.stage.init_from, parts=self.module.began_with
+            )
         if self.first_rank:
             write_text(self.directory.parameters, as_json(inventory))
             print(
@@ -268,6 +285,13 @@ class StageRun:
                 f"those that were: {'; '.join(tested)}",
                 flush=True,
             )
+            if self.module.began_with:
+                taken = ", ".join(f"{part} {n}" for part, n in self.module.began_with.items())
+                print(
+                    f"{self.recipe.name}: begins with {self.recipe.stage.init_from}, tensors: "
+                    f"{taken}",
+                    flush=True,
+                )
 
     def _state(self, step: int) -> RunState:
         return RunState(
