@@ -13,7 +13,6 @@ from tests.training.cases_stages import composed, opened
 from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.checkpoints.training import load_checkpoint
 from unimoe_mcore.runtime import groups
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -47,7 +46,7 @@ def run(
     with stage.pool(stage.samples) as pool:
         feed = stage.feed(pool)
         for step in range(*steps):
-            result = train_step(module, feed.read(step), learning_rate(step, stage.recipe.trainer))
+            result = train_step(module, feed.read(step), step)
             total = result.sums.sum(0)
             log.append([(total[0] / total[1]).item(), result.grad_norm])
     if save and not load:

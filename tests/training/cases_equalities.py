@@ -19,7 +19,6 @@ from tests.workspace import build_data
 from unimoe_mcore.config.parallel import microbatch_multiple
 from unimoe_mcore.evaluation.choices import ChoiceRecorder
 from unimoe_mcore.runtime import groups
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -76,9 +75,7 @@ def run_case(
             else:
                 batches = even(stage, recut(stage, feed.read(step), cut, f"{seed} {step}"))
             with ChoiceRecorder(stage.module.chunks) as recorder:
-                result = train_step(
-                    stage.module, batches, learning_rate(step, stage.recipe.trainer)
-                )
+                result = train_step(stage.module, batches, step)
             total = result.sums.sum(0)
             found["losses"].append((total[0] / total[1]).item())
             found["norms"].append(result.grad_norm)

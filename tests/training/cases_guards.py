@@ -20,7 +20,6 @@ from unimoe_mcore.model.lora import LoRAColumnLinear, LoRARowLinear
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
 from unimoe_mcore.training.module import TrainModule
-from unimoe_mcore.training.schedule import learning_rate
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -64,8 +63,7 @@ def _steps(stage: StageRun, first: int, last: int) -> list[tuple[float, float]]:
     with stage.pool(stage.samples) as pool:
         feed = stage.feed(pool)
         for step in range(first, last):
-            rate = learning_rate(step, stage.recipe.trainer)
-            result = train_step(stage.module, feed.read(step), rate)
+            result = train_step(stage.module, feed.read(step), step)
             total = result.sums.sum(0)
             log.append(((total[0] / total[1]).item(), result.grad_norm))
     return log
@@ -92,7 +90,7 @@ def _tensor(folder: str) -> dict[str, Any]:
     ]
     with stage.pool(stage.samples) as pool:
         batches = stage.feed(pool).read(0)
-        train_step(stage.module, batches, 0.01)
+        train_step(stage.module, batches, 0)
     for hook in hooks:
         hook.remove()
     writers = {
