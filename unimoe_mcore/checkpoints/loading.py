@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from unimoe_mcore.checkpoints.pieces import pieces_of, sharded_tensors
+from unimoe_mcore.checkpoints.pieces import piece_of, pieces_of, sharded_tensors
 from unimoe_mcore.checkpoints.sources import Sources
 from unimoe_mcore.checkpoints.starting import Start
 from unimoe_mcore.checkpoints.store import ShardReader
@@ -55,7 +55,7 @@ def load_sources(model: UniMoEModel, sources: Sources, recipe: Recipe) -> None:
             folder = sources.experts[int(tensor.global_offset[0])]
             _fill_expert(tensor, base if folder is None else experts[folder], source.name)
         elif source.kind == "shared":
-            shared.fill(tensor, source.name)
+            shared.fill(replace(piece_of(tensor), name=source.name))
         elif source.kind == "connector":
             if source.tower in connectors:
                 connectors[source.tower].fill(tensor)

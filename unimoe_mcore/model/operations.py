@@ -106,7 +106,12 @@ class _Linear:
 
 
 def language_operations(
-    model: ModelConfig, experts: int, train: Collection[str], lora: LoRAConfig, rows: Rows
+    model: ModelConfig,
+    experts: int,
+    train: Collection[str],
+    lora: LoRAConfig,
+    rows: Rows,
+    shared: bool = False,
 ) -> Operations:
     """The language model's share of a step, over all of its layers and in any layout.
 
@@ -114,6 +119,7 @@ def language_operations(
         experts: experts per MoE block; 0 for a dense model.
         train: parts that train (``unimoe_mcore.model.parts``).
         lora: adapters; they train if ``train`` names ``lora``.
+        shared: whether every token of an MoE block also passes an MLP of its own.
     """
     shape, tokens = model.language, rows.tokens
     heads = shape.hidden * (1 + 2 * shape.kv_heads / shape.heads)
@@ -121,9 +127,11 @@ def language_operations(
         _Linear(part in train, lora.rank if part in lora.targets and "lora" in train else 0)
         for part in ("attention", "mlp", "experts")
     )
+    always = _Linear("shared" in train, dense.rank)  # adapters on `mlp` are on it too
     norms, router = "norms" in train, "router" in train
     # Whether what trains lies below: the embeddings, or a connector whose tokens are among them.
-    below = "embeddings" in train or any(part.startswith("connector") for part in train)
+    media = ("connector", "encoder")
+    below = "embeddings" in train or any(part.startswith(media) for part in train)
     sparse = set(moe_blocks(model.moe.placement, shape.blocks)) if experts else set()
     done = Operations()
     for block in range(shape.blocks):
@@ -144,5 +152,9 @@ def language_operations(
         inner = inner or kind.learns
         done += kind.run(each, shape.ffn, shape.hidden, inner)
         below = inner or kind.learns
+        if block in sparse and shared:
+            done += always.run(tokens, shape.hidden, 2 * shape.ffn, towards)
+            done += always.run(tokens, shape.ffn, shape.hidden, towards or always.learns)
+            below = below or always.learns
     trained = "embeddings" in train
     return done + product(rows.places, shape.hidden, shape.vocabulary, below or norms, trained)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from unimoe_mcore.checkpoints.store import sharded_tensors
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import rate_of
 from unimoe_mcore.model.parts import part_of

@@ -108,7 +108,12 @@ class Meter:
     def _language(self, batches: Sequence[MicroBatch]) -> int:
         recipe, stage = self._recipe, self._recipe.stage
         return language_operations(
-            recipe.model, expert_count(recipe), stage.train, stage.lora, rows_of(batches)
+            recipe.model,
+            expert_count(recipe),
+            stage.train,
+            stage.lora,
+            rows_of(batches),
+            bool(stage.shared_expert),
         ).total
 
     def _tower_operations(self) -> int:

@@ -71,6 +71,7 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
     hold_experts(module.recipe, module.wrapped, module.optimizer, step)
     with module.meter.optimizing():
         _, grad_norm, _ = module.optimizer.step()
+    routing = module.routers.end()
     return StepResult(
         sums=sums,
         grad_norm=float(grad_norm or 0.0),
@@ -79,8 +80,8 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
         samples=samples,
         lr=lrs[""].lr,
         lrs={part: rate.lr for part, rate in lrs.items() if rate.lr != lrs[""].lr},
+        routing=routing,
         measured=module.meter.end(batches),
-        routing=module.routers.end(),
     )
 
 
