@@ -32,6 +32,17 @@ def compare(
     return f"| {what} | {ours[0]} {a:.1f} | {theirs[0]} {b:.1f} | {b / a:.2f} | {rounds} |"
 
 
+def heading(name: str) -> str:
+    """Command, date, machine, commit and versions behind a benchmark's figures."""
+    version, here = code_version(), machine()
+    command = f"`python -m benchmarks.{name} {' '.join(sys.argv[1:])}`".replace(" `", "`")
+    return (
+        f"{command}\non {datetime.now(UTC):%Y-%m-%d}, {here['cpu']}, {here['cores']} cores, "
+        f"Python {here['python']}, commit {short(version['commit'])}, "
+        + ", ".join(f"{k} {v}" for k, v in version["packages"].items())
+    )
+
+
 COLUMNS = ("case", "first, ms", "second, ms", "second / first", "rounds")
 
 
@@ -43,15 +54,11 @@ def write(
     notes: tuple[str, ...] = (),
 ) -> None:
     """Print the table and keep it under ``benchmarks/results/<name>.md``."""
-    version, here = code_version(), machine()
     text = "\n".join(
         [
             f"# {claim}",
             "",
-            f"`python -m benchmarks.{name} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-            f"on {datetime.now(UTC):%Y-%m-%d}, {here['cpu']}, {here['cores']} cores, Python "
-            f"{here['python']}, commit {short(version['commit'])}, "
-            + ", ".join(f"{k} {v}" for k, v in version["packages"].items()),
+            heading(name),
             "",
             "| " + " | ".join(columns) + " |",
             "| --- " * len(columns) + "|",

@@ -122,8 +122,9 @@ def language_operations(
         for part in ("attention", "mlp", "experts")
     )
     norms, router = "norms" in train, "router" in train
-    # Whether what trains lies below: the embeddings, or a connector whose tokens are among them.
-    below = "embeddings" in train or any(part.startswith("connector") for part in train)
+    # Whether what trains lies below: the embeddings, or a tower whose tokens are among them.
+    towers = any(part.startswith(("connector", "encoder")) for part in train)
+    below = "embeddings" in train or towers
     sparse = set(moe_blocks(model.moe.placement, shape.blocks)) if experts else set()
     done = Operations()
     for block in range(shape.blocks):

@@ -38,6 +38,7 @@ from unimoe_mcore.checkpoints.training import (
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
+from unimoe_mcore.model.memory import recipe_memory
 from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
@@ -202,6 +203,9 @@ class StageRun:
         total, trained = count_parameters(self.module.chunks[0])
         parts = dict(sorted(self.module.trained.items()))
         ranks, layout = dist.get_world_size(), asdict(self.recipe.parallel)
+        connectors = {t.name: count_parameters(t)[0] for t in self.module.towers()}
+        stage = int(self.module.groups.pp.rank())
+        memory = recipe_memory(self.recipe, connectors, ranks, stage, self.precision)
         self.directory.event(
             "start",
             parameters=total,
@@ -211,6 +215,7 @@ class StageRun:
             layout=layout,
             precision=self.precision,
             peak=asdict(self.peak),
+            memory=asdict(memory),
         )
         if self.first_rank:
             listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
@@ -220,6 +225,7 @@ class StageRun:
                 f"EP={self.recipe.parallel.expert}, {self.precision}",
                 flush=True,
             )
+            print(f"{self.recipe.name}: {memory.words()}", flush=True)
 
     def _state(self, step: int) -> RunState:
         return RunState(
