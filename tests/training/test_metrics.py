@@ -80,6 +80,15 @@ def test_a_line_of_the_metrics_says_what_the_step_cost(ranks: list[dict[str, Any
         assert 1 <= line["balance_read"] == line["balance_planned"] < 2
 
 
+def test_a_run_says_what_it_will_hold(ranks: list[dict[str, Any]]) -> None:
+    start = ranks[0]["traced"]["start"]
+    assert start["memory"] == {
+        "weights": 4 * start["parameters"],
+        "gradients": 4 * start["trained"],
+        "optimizer": 8 * start["trained"],  # fp32: the weights are the main weights
+    }
+
+
 def test_the_stopwatch_counts_collectives_once(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["clocked"] == {
         "one": 1.0,

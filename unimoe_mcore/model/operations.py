@@ -129,9 +129,9 @@ def language_operations(
     )
     always = _Linear("shared" in train, dense.rank)  # adapters on `mlp` are on it too
     norms, router = "norms" in train, "router" in train
-    # Whether what trains lies below: the embeddings, or a connector whose tokens are among them.
-    media = ("connector", "encoder")
-    below = "embeddings" in train or any(part.startswith(media) for part in train)
+    # Whether what trains lies below: the embeddings, or a tower whose tokens are among them.
+    towers = any(part.startswith(("connector", "encoder")) for part in train)
+    below = "embeddings" in train or towers
     sparse = set(moe_blocks(model.moe.placement, shape.blocks)) if experts else set()
     done = Operations()
     for block in range(shape.blocks):

@@ -50,6 +50,8 @@ from unimoe_mcore.config.parallel import (
 )
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
+from unimoe_mcore.model.memory import recipe_memory
+from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
 from unimoe_mcore.runtime.precision import choose_precision
@@ -243,11 +245,13 @@ class StageRun:
                 tower.features.release()
 
     def _announce(self) -> None:
-        """Say and record what trains, at which rates, and what does not."""
+        """Say and record what trains, at which rates, what does not, and what it takes."""
         inventory, layout = self.module.inventory, asdict(self.recipe.parallel)
         parts = by_part(inventory, trained=True)
         total, trained = sum(entry.count for entry in inventory), sum(parts.values())
-        ranks = dist.get_world_size()
+        ranks, stage = dist.get_world_size(), int(self.module.groups.pp.rank())
+        connectors = {t.name: count_parameters(t)[0] for t in self.module.towers()}
+        memory = recipe_memory(self.recipe, connectors, ranks, stage, self.precision)
         self.directory.event(
             "start",
             parameters=total,
@@ -257,6 +261,7 @@ class StageRun:
             layout=layout,
             precision=self.precision,
             peak=asdict(self.peak),
+            memory=asdict(memory),
         )
         if self.module.began_with:
             self.directory.event(
@@ -270,6 +275,14 @@ class StageRun:
                 f"{table(inventory, self.recipe)}",
                 flush=True,
             )
+            print(f"{self.recipe.name}: {memory.words()}", flush=True)
+            if self.module.began_with:
+                taken = ", ".join(f"{part} {n}" for part, n in self.module.began_with.items())
+                print(
+                    f"{self.recipe.name}: begins with {self.recipe.stage.init_from}, tensors: "
+                    f"{taken}",
+                    flush=True,
+                )
         self._warn_untested()
 
     def _warn_untested(self) -> None:
@@ -285,13 +298,6 @@ class StageRun:
                 f"those that were: {'; '.join(tested)}",
                 flush=True,
             )
-            if self.module.began_with:
-                taken = ", ".join(f"{part} {n}" for part, n in self.module.began_with.items())
-                print(
-                    f"{self.recipe.name}: begins with {self.recipe.stage.init_from}, tensors: "
-                    f"{taken}",
-                    flush=True,
-                )
 
     def _state(self, step: int) -> RunState:
         return RunState(
