@@ -39,7 +39,7 @@ types: $(STAMP)
 # Every performance claim, measured again; answer_logits needs the quickstart's data and base.
 bench: $(STAMP)
 	@for name in precision thd_rope checkpoint_save balance planning shuffle_locality decoders \
-	    answer_logits; do \
+	    answer_logits training_step; do \
 	    OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name || exit 1; done
 
 # Pins what is installed now, for requirements.lock.
