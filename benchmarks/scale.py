@@ -135,7 +135,7 @@ def held(recipe: Recipe, world: ImaginedWorld, distributed: bool) -> Held:
     """What Megatron makes of a recipe on this rank, counted tensor by tensor."""
     flags = transformer_flags(detect())
     model = build_model(recipe, world.groups, {}, torch.bfloat16, flags, memory=False)
-    train_only(model, recipe.stage.train)
+    train_only(model, recipe.stage)
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -193,7 +193,7 @@ def _alone() -> Iterator[None]:
             return names[tensor.dtype]
         return kind(tensor, *arguments, **keywords)
 
-    torch.distributed.all_gather_object = gathered
+    torch.distributed.all_gather_object = gathered  # type: ignore[assignment]
     torch.Tensor.type = type_of  # type: ignore[method-assign, assignment]
     try:
         yield

@@ -51,7 +51,6 @@ from unimoe_mcore.config.parallel import (
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
 from unimoe_mcore.model.memory import recipe_memory
-from unimoe_mcore.model.unimoe import count_parameters
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
 from unimoe_mcore.runtime.precision import choose_precision
@@ -250,7 +249,10 @@ class StageRun:
         parts = by_part(inventory, trained=True)
         total, trained = sum(entry.count for entry in inventory), sum(parts.values())
         ranks, stage = dist.get_world_size(), int(self.module.groups.pp.rank())
-        connectors = {t.name: count_parameters(t)[0] for t in self.module.towers()}
+        connectors = {
+            tower.name: sum(p.numel() for p in tower.parameters())
+            for tower in self.module.towers()
+        }
         memory = recipe_memory(self.recipe, connectors, ranks, stage, self.precision)
         self.directory.event(
             "start",
