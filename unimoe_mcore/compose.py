@@ -6,7 +6,7 @@ Prints the path of the resolved recipe, which every process of the run then read
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from data_pipeline.opening import open_checked
 from unimoe_mcore.checkpoints.artefact import read_manifest
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.sources import find_sources
+from unimoe_mcore.checkpoints.starting import find_start
+from unimoe_mcore.checkpoints.training import CheckpointFolder, read_state
 from unimoe_mcore.config.composition import compose_recipe, dump, load
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.trainer import CHANGEABLE
 from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
@@ -41,7 +44,9 @@ FREE = (
     "trainer.checkpoint_every",
     "trainer.evaluation",
     "trainer.keep",
+    "trainer.keep_every",
     "trainer.log_every",
+    "trainer.resume_changes",
     "trainer.threads",
 )
 """Settings that a run may change when it is continued: they do not change what is computed."""
@@ -60,26 +65,57 @@ def prepare_run(recipe: Recipe) -> Path:
             trained, or lacks a part or base to stand on.
         DataError: if the data are missing or damaged.
     """
-    find_sources(recipe)
+    sources = find_sources(recipe)
     open_checked(recipe.data.folder, Path(recipe.paths.cache))
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name)
     with run.lock():
         changed = (
-            list(_changes(asdict(load(run.config)), asdict(recipe), ""))
+            dict(_changes(asdict(load(run.config)), asdict(recipe), ""))
             if (run.config.is_file())
-            else []
+            else {}
         )
         if not given(run):
-            changed = [words for words in changed if not words.startswith(DECLARED)]
+            changed = {k: v for k, v in changed.items() if not k.startswith(DECLARED)}
+        if run.started:
+            _check_allowed(recipe, run, changed)
+        else:
+            find_start(recipe, sources)
         if changed and run.started:
-            raise UserError(
-                f"{run.path} was started with other settings ({'; '.join(changed)}): give this "
-                f"run another name (name={recipe.name}-2) or delete that folder."
-            )
-        if changed:
+            run.event("settings changed", changes=list(changed.values()))
+        elif changed:
             run.forget()
         write_text(run.config, dump(recipe))
     return run.config
+
+
+def _check_allowed(recipe: Recipe, run: RunDirectory, changed: dict[str, str]) -> None:
+    """Refuse settings that a run with checkpoints cannot be continued with.
+
+    Raises:
+        UserError: with every difference, and how it can be allowed if it can.
+    """
+    allowed = {f"trainer.{name}" for name in recipe.trainer.resume_changes}
+    refused = {k: v for k, v in changed.items() if k not in allowed}
+    if refused:
+        names = [key.removeprefix("trainer.") for key in refused]
+        cure = f"give this run another name (name={recipe.name}-2) or delete that folder"
+        if all(f"trainer.{name}" in refused and name in CHANGEABLE for name in names):
+            cure += f", or allow the change by trainer.resume_changes=[{','.join(names)}]"
+        raise UserError(
+            f"{run.path} was started with other settings ({'; '.join(refused.values())}): {cure}."
+        )
+    steps, finished = recipe.trainer.steps, CheckpointFolder(run.checkpoints, keep=1).finished()
+    done = read_state(finished[0]).step if finished else 0
+    if steps < done:
+        raise UserError(
+            f"{run.path} has done {done} steps already, they cannot be undone by trainer.steps="
+            f"{steps}: give this run another name (name={recipe.name}-2)."
+        )
+    if changed and given(run, steps):
+        raise UserError(
+            f"{run.path} is done, {'; '.join(changed.values())} would change nothing: let it take "
+            f"more steps (trainer.steps=..., trainer.resume_changes=[steps,...])."
+        )
 
 
 def up_to_date(recipe: Recipe, data: str) -> bool:
@@ -97,6 +133,8 @@ def up_to_date(recipe: Recipe, data: str) -> bool:
         return False
     prepare_run(recipe)
     made = read_manifest(run.gives, str(run.gives))
+    if not given(run, recipe.trainer.steps):
+        return False  # it has been allowed more steps
     if (made.sources, made.data) != (find_sources(recipe).hashes, data):
         raise UserError(
             f"{run.path} was made from another base, earlier run or data than there are now: "
@@ -105,7 +143,8 @@ def up_to_date(recipe: Recipe, data: str) -> bool:
     return True
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Any:
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Name of every setting that differs, and how."""
     for key in sorted({*old, *new}):
         path = prefix + key
         if path in FREE:
@@ -114,7 +153,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Any:
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _changes(before, after, f"{path}.")
         elif before != after:
-            yield f"{path} {before} -> {after}"
+            yield path, f"{path} {before} -> {after}"
 
 
 def speak(main: Callable[[Sequence[str]], int]) -> int:

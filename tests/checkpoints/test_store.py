@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from unimoe_mcore.checkpoints.store import ShardReader, index_check, write_shards
+from unimoe_mcore.checkpoints.pieces import Piece, pieces_of
+from unimoe_mcore.checkpoints.shard_file import HostCopy, index_check
+from unimoe_mcore.checkpoints.store import ShardReader, write_shards
 from unimoe_mcore.config.errors import UserError
 
 NAME = "language_model.decoder.layers.mlp.linear_fc1.weight"
@@ -102,6 +106,80 @@ def test_any_slice_can_be_read(data: st.DataObject, cut_folder: Path) -> None:
     found = ShardReader(cut_folder, verify=False).read(NAME, tuple(offset), tuple(shape))
     where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
     assert torch.equal(found, numbers(6, 4, 4)[where])
+
+
+def stretches(
+    data: st.DataObject, whole: torch.Tensor, cuts: Sequence[int], halves: bool, stacked: bool
+) -> list[Piece]:
+    """A tensor cut into blocks, and these into stretches that begin and end anywhere.
+
+    Args:
+        halves: describe every block by a factory that splits its rows in two, as Megatron does with
+            gated layers.
+    """
+    pieces = []
+    for place, block in zip(
+        product(*map(range, cuts)), grid(whole, cuts, NAME, stacked), strict=True
+    ):
+        local = block.data
+        assert local is not None
+        size = local.numel()
+        ends = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=3))})
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            replica = (0, 0, number)
+            described: Any = replace(block, replica_id=replica)
+            if halves:
+                described = ShardedTensorFactory(
+                    NAME, local, in_halves(place, cuts), torch.cat, replica
+                )
+            values = local.reshape(-1)[start:stop].clone()
+            pieces += pieces_of(described, local.shape, "x", values, start, shared=True)
+    return pieces
+
+
+def in_halves(place: Sequence[int], cuts: Sequence[int]) -> Any:
+    """Splits the rows of the block at ``place`` in two."""
+    rest = [(axis, place[axis], cuts[axis]) for axis in range(1, len(cuts))]
+
+    def build(key: str, values: torch.Tensor, replica: Any, _: Any) -> list[ShardedTensor]:
+        return [
+            ShardedTensor.from_rank_offsets(
+                key, half, (0, 2 * place[0] + number, 2 * cuts[0]), *rest, replica_id=replica
+            )
+            for number, half in enumerate(values.chunk(2))
+        ]
+
+    return build
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    case=cut_tensors(), ranks=st.integers(1, 4), halves=st.tuples(*[st.booleans()] * 2),
+    data=st.data(),
+)  # fmt: skip
+def test_any_stretches_read_what_any_others_wrote(
+    case: tuple[torch.Tensor, list[int], list[int], bool],
+    ranks: int,
+    halves: tuple[bool, bool],
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    some, before, after, stacked = case
+    double = 1 if stacked else 2  # rows that can be halved
+    whole = numbers(double * some.shape[0], *some.shape[1:], dtype=some.dtype)
+    folder = tmp_path_factory.mktemp("stretches")
+    written = stretches(data, whole, before, halves[0] and not stacked, stacked)
+    random.Random(ranks).shuffle(written)
+    for rank in range(ranks):
+        HostCopy().take(written[rank::ranks]).write(folder, rank)
+    reader = ShardReader(folder)
+    reader.check_complete()
+    assert torch.equal(reader.read(f"x.{NAME}"), whole)
+    for wanted in stretches(data, whole, after, halves[1] and not stacked, stacked):
+        expected = wanted.data.clone()
+        wanted.data.zero_()
+        reader.fill(wanted)
+        assert torch.equal(wanted.data, expected)
 
 
 @pytest.fixture(scope="module")

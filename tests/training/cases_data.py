@@ -30,6 +30,7 @@ def run(folder: str, name: str, extra: list[str], stop: int = 0) -> dict[str, An
             def save_and_stop(step: int) -> None:
                 save(step)
                 if step == stop:
+                    stage.saver.wait()
                     raise InterruptedError
 
             stage._save = save_and_stop  # type: ignore[method-assign]

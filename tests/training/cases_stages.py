@@ -153,6 +153,7 @@ def resumed(folder: str) -> dict[str, Any]:
 
     def save_and_stop(step: int) -> None:
         save(step)
+        stage.saver.wait()
         raise StoppedError
 
     stage._save = save_and_stop  # type: ignore[method-assign]

@@ -33,6 +33,7 @@ class Manifest:
         towers: for every connector given: its ``TowerConfig`` as a dict.
         sources: what the run took -> hash (``unimoe_mcore.checkpoints.sources``).
         data: digest of the data it was trained on.
+        steps: optimizer steps that it was trained for; 0 if that was not recorded.
         tensors: name -> shape, dtype, sha256 of the whole tensor's bytes.
         files: index files and tokenizer -> sha256; the indexes hold those of the weights.
     """
@@ -46,6 +47,7 @@ class Manifest:
     towers: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     data: str = ""
+    steps: int = 0
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT

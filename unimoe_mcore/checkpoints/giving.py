@@ -14,8 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from unimoe_mcore.checkpoints.artefact import TOKENIZER, Manifest, publish, seal
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.sources import Sources
-from unimoe_mcore.checkpoints.store import sharded_tensors, write_shards
+from unimoe_mcore.checkpoints.store import write_shards
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.assembly import is_mlp
 from unimoe_mcore.model.lora import merge_lora
@@ -67,6 +68,7 @@ def give(
             },
             sources=sources.hashes,
             data=data,
+            steps=recipe.trainer.steps,
         )
         seal(partial, facts)
         publish(partial, folder)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from unimoe_mcore.checkpoints.pieces import pieces_of, sharded_tensors
 from unimoe_mcore.checkpoints.sources import Sources
-from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors
+from unimoe_mcore.checkpoints.starting import Start
+from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.assembly import origin
 from unimoe_mcore.model.initialise import initialise
+from unimoe_mcore.model.parts import part_of
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 
@@ -58,3 +65,47 @@ def _fill_expert(tensor: ShardedTensor, reader: ShardReader, dense: str) -> None
     assert tensor.data is not None
     with torch.no_grad():
         tensor.data.copy_(value)
+
+
+def begin_with(chunks: Sequence[UniMoEModel], start: Start) -> dict[str, int]:
+    """Fill the trained parameters that another run has; a collective over all ranks.
+
+    Returns:
+        Tensors taken by part, and under ``left out`` those that do not train here.
+
+    Raises:
+        UserError: if it is damaged, has nothing that trains here, a tensor in another shape, or
+            only some tensors of a part.
+    """
+    reader = ShardReader(start.folder)
+    taken: dict[str, set[str]] = {}
+    lacking: dict[str, str] = {}
+    for chunk in chunks:
+        state = chunk.sharded_state_dict()
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = part_of(name)
+            for piece in pieces_of(state[name], parameter.shape, "model", parameter.data):
+                stored = start.prefix + piece.name.removeprefix("model.")
+                if stored in reader.tensors:
+                    reader.fill(replace(piece, name=stored))
+                    taken.setdefault(part, set()).add(stored)
+                else:
+                    lacking[part] = stored
+    gathered: list[tuple[dict[str, set[str]], dict[str, str]]] = [({}, {})] * dist.get_world_size()
+    dist.all_gather_object(gathered, (taken, lacking))
+    every: dict[str, set[str]] = {}
+    for of_rank, _ in gathered:
+        for part, names in of_rank.items():
+            every.setdefault(part, set()).update(names)
+    if not every:
+        raise UserError(f"stage.init_from: {start.folder} has nothing that trains here.")
+    for _, lacked in gathered:
+        for part in sorted(set(lacked) & set(every)):
+            raise UserError(
+                f"stage.init_from: {start.folder} has some of the {part}, but not {lacked[part]}."
+            )
+    held = {name for name in reader.tensors if not name.startswith("optimizer.")}
+    counts = {part: len(names) for part, names in sorted(every.items())}
+    return {**counts, "left out": len(held.difference(*every.values()))}

@@ -5,94 +5,64 @@ only stores and finds those parts. Megatron's own storage writes and reads pickl
 checkpoint from somewhere else must never be able to run.
 
 A folder holds one ``rank-00000.safetensors`` and one ``rank-00000.json`` per writing rank. The
-JSON lists for every part the tensor's name, global shape, dtype, and the part's offset and shape,
-and has checksums of the safetensors file and of itself.
+JSON lists for every part the tensor's name, global shape, dtype, and the part's offset and shape -
+and, where a rank wrote only a stretch of such a block, first and last element of it - and has
+checksums of the safetensors file and of itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    apply_factories,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.shards.integrity import file_sha256
-from unimoe_mcore.checkpoints.files import flush, write_text
+from unimoe_mcore.checkpoints.pieces import Piece, piece_of
+from unimoe_mcore.checkpoints.shard_file import DTYPES, HostCopy, index_check
 from unimoe_mcore.config.errors import UserError
-
-
-def sharded_tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
-    """All sharded tensors of a sharded state dict, gated weights split into their halves.
-
-    The tensors' data are views: writing into them writes into the model.
-    """
-    copied = dict(state)
-    apply_factories(copied)
-    for value in nested_values(copied):
-        if isinstance(value, ShardedTensor):
-            yield value
 
 
 def write_shards(folder: Path, tensors: Iterator[ShardedTensor], rank: int) -> None:
     """Write this rank's parts; a part that several ranks hold is written by one of them."""
-    parts: dict[str, Tensor] = {}
-    entries = []
-    for number, tensor in enumerate(t for t in tensors if is_main_replica(t.replica_id)):
-        name = f"{number:06d}"
-        assert tensor.data is not None
-        parts[name] = tensor.data.detach().contiguous().cpu()
-        entries.append(
-            {
-                "tensor": tensor.key,
-                "global_shape": list(tensor.global_shape),
-                "offset": list(tensor.global_offset),
-                "shape": [1] * tensor.prepend_axis_num + list(tensor.local_shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "part": name,
-            }
-        )
-    path = folder / f"rank-{rank:05d}.safetensors"
-    # A view would drag its whole storage into the file: safetensors refuses shared storage.
-    save_file({name: part.clone() for name, part in parts.items()}, str(path))
-    flush(path)
-    index = {"file": path.name, "sha256": file_sha256(path), "parts": entries}
-    index["check"] = index_check(index)
-    write_text(folder / f"rank-{rank:05d}.json", json.dumps(index))
+    HostCopy().take(map(piece_of, tensors)).write(folder, rank)
 
 
-def index_check(index: Mapping[str, Any]) -> str:
-    """Checksum of an index: one that names the wrong part would load, and be wrong."""
-    rest = {key: value for key, value in index.items() if key != "check"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
-}
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 """Element types that an index may name."""
 
 
 @dataclass(frozen=True)
 class _Part:
+    """A stretch of a block, as a piece is."""
+
     file: Path
     name: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def rows(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Offset and shape of the rows that hold the stretch, and where it begins in them.
+
+        Of a long block only these are looked at.
+        """
+        axis = next((i for i, size in enumerate(self.shape) if size > 1), 0)
+        row = math.prod(self.shape[axis + 1 :])
+        first, last = self.start // row, -(-self.stop // row)
+        offset, shape = list(self.offset), list(self.shape)
+        offset[axis] += first
+        shape[axis] = last - first
+        return tuple(offset), tuple(shape), self.start - first * row
 
 
 @dataclass(frozen=True)
@@ -102,6 +72,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[_Part, ...]
+    step: int | None = None
 
 
 class ShardReader:
@@ -110,6 +81,7 @@ class ShardReader:
     Attributes:
         folder: what is read.
         tensors: name -> shape, dtype, parts.
+        held: names of the tensors that the writing ranks held something of.
     """
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
@@ -120,6 +92,7 @@ class ShardReader:
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
+        self.held: set[str] = set()
         self._files: dict[Path, Any] = {}
         indexes = sorted(folder.glob("rank-*.json"))
         if not indexes:
@@ -127,7 +100,7 @@ class ShardReader:
         for path in indexes:
             self._read_index(path, verify)
         for name, stored in self.tensors.items():
-            found, wanted = sum(math.prod(p.shape) for p in stored.parts), math.prod(stored.shape)
+            found, wanted = sum(p.stop - p.start for p in stored.parts), math.prod(stored.shape)
             if found != wanted:
                 raise UserError(
                     f"{folder} has {found} of the {wanted} elements of {name}: files are missing, "
@@ -144,16 +117,38 @@ class ShardReader:
                 raise UserError(f"{file} is missing: the checkpoint is incomplete.")
             if verify and file_sha256(file) != index["sha256"]:
                 raise UserError(f"{file} is damaged: its checksum is not the one written with it.")
+            self.held.update(index.get("held", ()))
             for entry in index["parts"]:
-                dtype = DTYPES[entry["dtype"]]
-                shape = tuple(entry["global_shape"])
-                part = _Part(file, entry["part"], tuple(entry["offset"]), tuple(entry["shape"]))
-                known = self.tensors.get(entry["tensor"], StoredTensor(shape, dtype, ()))
-                if (known.shape, known.dtype) != (shape, dtype):
-                    raise ValueError(f"{entry['tensor']} is another tensor in the other files")
-                self.tensors[entry["tensor"]] = StoredTensor(shape, dtype, (*known.parts, part))
+                self._add(entry, file)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no index of a checkpoint: {error}.") from error
+
+    def _add(self, entry: dict[str, Any], file: Path) -> None:
+        dtype, step = _BY_NAME[entry["dtype"]], entry.get("step")
+        shape, block = tuple(entry["global_shape"]), tuple(entry["shape"])
+        start, stop = entry.get("stretch", (0, math.prod(block)))
+        if not 0 <= start < stop <= math.prod(block):
+            raise ValueError(f"{entry['tensor']} has no elements {start} to {stop} in {block}")
+        part = _Part(file, entry["part"], tuple(entry["offset"]), block, start, stop)
+        known = self.tensors.get(entry["tensor"], StoredTensor(shape, dtype, (), step))
+        if (known.shape, known.dtype, known.step) != (shape, dtype, step):
+            raise ValueError(f"{entry['tensor']} is another tensor in the other files")
+        self.tensors[entry["tensor"]] = StoredTensor(shape, dtype, (*known.parts, part), step)
+
+    def check_complete(self) -> None:
+        """Refuse a folder that lacks a tensor some rank held, or has any element twice.
+
+        For who has just written it: afterwards, checksums say whether it is still what it was.
+
+        Raises:
+            UserError: naming the tensor.
+        """
+        missing = sorted(self.held - set(self.tensors))
+        if missing:
+            raise UserError(f"{self.folder} lacks {missing[0]}: no process wrote any of it.")
+        for name, stored in self.tensors.items():
+            if _overlap(stored.parts):
+                raise UserError(f"{self.folder} has elements of {name} twice.")
 
     def read(
         self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
@@ -171,19 +166,25 @@ class ShardReader:
         result = torch.empty(shape, dtype=stored.dtype)
         covered = torch.zeros(shape, dtype=torch.bool)
         for part in stored.parts:
-            low = [max(a, b) for a, b in zip(offset, part.offset, strict=True)]
+            there_offset, there_shape, skip = part.rows()
+            low = [max(a, b) for a, b in zip(offset, there_offset, strict=True)]
             high = [
                 min(a + n, b + m)
-                for a, n, b, m in zip(offset, shape, part.offset, part.shape, strict=True)
+                for a, n, b, m in zip(offset, shape, there_offset, there_shape, strict=True)
             ]
             if any(h <= lo for lo, h in zip(low, high, strict=True)):
                 continue
             here = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, offset, strict=True))
             there = tuple(
-                slice(lo - o, h - o) for lo, h, o in zip(low, high, part.offset, strict=True)
+                slice(lo - o, h - o) for lo, h, o in zip(low, high, there_offset, strict=True)
             )
-            result[here] = self._part(part, stored.dtype)[there]
-            covered[here] = True
+            values, known = _in_rows(self._part(part, stored.dtype), there_shape, skip)
+            if known is None:
+                result[here] = values[there]
+                covered[here] = True
+            else:
+                result[here] = torch.where(known[there], values[there], result[here])
+                covered[here] |= known[there]
         if not covered.all():
             raise UserError(f"{self.folder} lacks {int((~covered).sum())} elements of {name}.")
         return result
@@ -192,33 +193,67 @@ class ShardReader:
         try:
             if part.file not in self._files:
                 self._files[part.file] = safe_open(str(part.file), framework="pt")
-            tensor: Tensor = self._files[part.file].get_tensor(part.name).view(part.shape)
+            tensor: Tensor = self._files[part.file].get_tensor(part.name)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(f"{part.file} cannot be read: {error}.") from error
         if tensor.dtype != dtype:
             raise UserError(f"{part.file} holds {tensor.dtype}, its index says {dtype}.")
+        if tensor.numel() != part.stop - part.start:
+            raise UserError(f"{part.file} holds another number of elements than its index says.")
         return tensor
 
-    def fill(self, tensor: ShardedTensor, name: str | None = None) -> None:
-        """Copy the stored values into a sharded tensor's data.
-
-        Args:
-            name: stored name; by default the tensor's own.
+    def fill(self, tensor: ShardedTensor | Piece) -> None:
+        """Copy the stored values into a piece's data, or a whole sharded tensor's.
 
         Raises:
             UserError: if it is not stored or has another shape.
         """
-        name = name or tensor.key
-        stored = self.tensors.get(name)
+        piece = tensor if isinstance(tensor, Piece) else piece_of(tensor)
+        stored = self.tensors.get(piece.name)
         if stored is None:
-            raise UserError(f"{self.folder} has no tensor {name}.")
-        if stored.shape != tuple(tensor.global_shape):
+            raise UserError(f"{self.folder} has no tensor {piece.name}.")
+        if stored.shape != piece.global_shape:
             raise UserError(
-                f"{name} has shape {list(stored.shape)} in {self.folder} but the recipe's model "
-                f"needs {list(tensor.global_shape)}."
+                f"{piece.name} has shape {list(stored.shape)} in {self.folder} but the recipe's "
+                f"model needs {list(piece.global_shape)}."
             )
-        assert tensor.data is not None
-        shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-        value = self.read(name, tuple(tensor.global_offset), shape)
+        if not piece.data.numel():
+            return
+        wanted = _Part(Path(), "", piece.offset, piece.shape, piece.start, piece.stop)
+        offset, shape, skip = wanted.rows()
+        value = self.read(piece.name, offset, shape).view(-1)[skip : skip + piece.data.numel()]
         with torch.no_grad():
-            tensor.data.copy_(value.view(tensor.local_shape))
+            piece.data.copy_(value.view(piece.data.shape))
+
+
+def _in_rows(values: Tensor, shape: tuple[int, ...], skip: int) -> tuple[Tensor, Tensor | None]:
+    """A stretch laid into the rows that hold it, and which of their elements it has if not all."""
+    if values.numel() == math.prod(shape):
+        return values.view(shape), None
+    rows = values.new_empty(math.prod(shape))
+    known = torch.zeros(math.prod(shape), dtype=torch.bool)
+    rows[skip : skip + values.numel()] = values.view(-1)
+    known[skip : skip + values.numel()] = True
+    return rows.view(shape), known.view(shape)
+
+
+def _overlap(parts: tuple[_Part, ...]) -> bool:
+    """Whether any element is in two parts."""
+    blocks: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    for part in parts:
+        blocks.setdefault((part.offset, part.shape), []).append((part.start, part.stop))
+    for stretches in blocks.values():
+        if any(stop > start for (_, stop), (start, _) in pairwise(sorted(stretches))):
+            return True
+    shapes = {shape for _, shape in blocks}
+    if len(shapes) == 1:  # the usual cut: equal blocks side by side
+        (shape,) = shapes
+        if not any(o % n for offset, _ in blocks for o, n in zip(offset, shape, strict=True)):
+            return False
+    return any(
+        all(
+            a < b + m and b < a + n
+            for a, n, b, m in zip(one[0], one[1], other[0], other[1], strict=True)
+        )
+        for one, other in combinations(blocks, 2)
+    )

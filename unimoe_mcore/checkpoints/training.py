@@ -1,31 +1,26 @@
-"""Checkpoints of a run: what trains, its optimizer state, and the plan's position."""
+"""Checkpoints of a run: what trains, its optimizer state, and the plan's position.
+
+Imports Megatron only where tensors are read, so that a launcher can look at checkpoints.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-)
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from torch import Tensor
-
-from unimoe_mcore.checkpoints.files import flush, write_text
-from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors, write_shards
+from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.model.unimoe import UniMoEModel
+
+if TYPE_CHECKING:
+    from unimoe_mcore.model.unimoe import UniMoEModel
 
 STATE = "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -45,75 +40,35 @@ class RunState:
     precision: str
 
 
-def main_parameter(parameter: torch.nn.Parameter) -> Tensor:
-    """The fp32 weight that the optimizer moves: a bf16 parameter's copy, or the parameter."""
-    main: Tensor = getattr(parameter, "main_param", parameter)
-    return main
-
-
-def trained_tensors(chunks: Sequence[UniMoEModel]) -> Iterator[ShardedTensor]:
-    """The trained parameters as sharded tensors with their fp32 values."""
-    for sharded, parameter in _trained(chunks):
-        yield from _built(sharded, main_parameter(parameter).data, "model")
-
-
-def _trained(
-    chunks: Sequence[UniMoEModel],
-) -> Iterator[tuple[ShardedTensor | ShardedTensorFactory, torch.nn.Parameter]]:
-    for chunk in chunks:
-        state = chunk.sharded_state_dict()
-        for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            yield state[name], parameter
-
-
-def _built(
-    sharded: ShardedTensor | ShardedTensorFactory, value: Tensor, prefix: str
-) -> Iterator[ShardedTensor]:
-    yield from sharded_tensors({"x": make_sharded_optimizer_tensor(sharded, value, prefix)})
-
-
-def _inner_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's chain (dense, experts) as the list of PyTorch optimizers in it."""
-    return [o.optimizer for o in getattr(optimizer, "chained_optimizers", [optimizer])]
-
-
-def _moments(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
-    """Adam's moments by main parameter; made (zero) where no step has been taken yet."""
-    moments: dict[Tensor, dict[str, Tensor]] = {}
-    for inner in _inner_optimizers(optimizer):
-        if inner is None:
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                state = inner.state[parameter]
-                for name in _MOMENTS:
-                    state.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
-                moments[parameter] = state
-    return moments
-
-
-def _all_tensors(chunks: Sequence[UniMoEModel], optimizer: Any) -> Iterator[ShardedTensor]:
-    moments = _moments(optimizer)
-    yield from trained_tensors(chunks)
-    for sharded, parameter in _trained(chunks):
-        state = moments[main_parameter(parameter)]
-        for name in _MOMENTS:
-            yield from _built(sharded, state[name], f"optimizer.{name}")
-
-
 class CheckpointFolder:
-    """The checkpoints of one run: ``step-00000100`` and so on, each whole or not there."""
+    """The checkpoints of one run: ``step-00000100`` and so on, each whole or not there.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    Attributes:
+        folder: where they are.
+        keep: how many of the newest are kept.
+        keep_every: those of every so many steps are kept as well; 0 keeps no more.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self.folder = folder
         self.keep = keep
+        self.keep_every = keep_every
+
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.folder / f"step-{step:08d}"
 
     def finished(self) -> list[Path]:
         """The finished checkpoints, newest first."""
         found = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
         return sorted(found, key=lambda p: p.name, reverse=True)
+
+    def clear(self) -> None:
+        """Remove what a killed process left half written; before anything is saved."""
+        for left in self.folder.glob(".partial-*"):
+            shutil.rmtree(left)
+        for old in self.folder.glob(".old-*"):
+            shutil.rmtree(old)
 
     def newest_whole(self, tell: Callable[[Path, str], None]) -> Path | None:
         """The newest checkpoint whose files have their checksums; None if there is none at all.
@@ -124,6 +79,8 @@ class CheckpointFolder:
         Raises:
             UserError: if there are checkpoints, but all are damaged.
         """
+        from unimoe_mcore.checkpoints.store import ShardReader
+
         found = self.finished()
         for folder in found:
             try:
@@ -137,35 +94,41 @@ class CheckpointFolder:
             raise UserError(f"All checkpoints in {self.folder} are damaged: delete it to restart.")
         return None
 
-    def save(self, chunks: Sequence[UniMoEModel], optimizer: Any, state: RunState) -> Path:
-        """Write a checkpoint; a collective over all ranks.
+    def mark_best(self, step: int) -> None:
+        """Keep the checkpoint of a step, whatever its age, until another one is the best.
 
-        It is written under another name and becomes visible by one rename after every rank's
-        part is on disk, so that no kill leaves half of one.
+        Args:
+            step: one that is saved, or being saved.
         """
-        rank = dist.get_rank()
-        target = self.folder / f"step-{state.step:08d}"
-        partial = self.folder / f".partial-{target.name}"
-        if rank == 0:
-            for left in self.folder.glob(".partial-*"):
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        write_shards(partial, _all_tensors(chunks, optimizer), rank)
-        dist.barrier()
-        if rank == 0:
-            write_text(partial / STATE, json.dumps(asdict(state)))
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-            flush(self.folder)
-            self._forget_old()
-        dist.barrier()
-        return target
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / _BEST, json.dumps({"step": step}))
 
-    def _forget_old(self) -> None:
+    def best(self) -> Path | None:
+        """The checkpoint that was marked as the best, if it is there.
+
+        Raises:
+            UserError: if the mark cannot be read.
+        """
+        mark = self.folder / _BEST
+        if not mark.is_file():
+            return None
+        try:
+            folder = self.at(int(json.loads(mark.read_text(encoding="utf8"))["step"]))
+        except (OSError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{mark} cannot be read: {error}; delete it.") from error
+        return folder if folder.is_dir() else None
+
+    def forget_old(self) -> None:
+        """Remove the checkpoints that no rule keeps."""
+        best = self.best()
         for old in self.finished()[self.keep :]:
-            shutil.rmtree(old)
+            step = int(old.name.removeprefix("step-"))
+            if old == best or (self.keep_every and step % self.keep_every == 0):
+                continue
+            # First out of sight: half of a checkpoint must not look like one that is damaged.
+            hidden = old.with_name(f".old-{old.name}")
+            old.rename(hidden)
+            shutil.rmtree(hidden)
 
 
 def read_state(folder: Path) -> RunState:
@@ -180,20 +143,15 @@ def read_state(folder: Path) -> RunState:
         raise UserError(f"The checkpoint {folder} cannot be read: {error}.") from error
 
 
-def load_checkpoint(folder: Path, chunks: Sequence[UniMoEModel], optimizer: Any, step: int) -> None:
-    """Fill trained parameters, their fp32 copies and the optimizer's moments.
+def load_checkpoint(folder: Path, chunks: Sequence[UniMoEModel], optimizer: Any) -> None:
+    """Fill trained parameters, their fp32 copies and the optimizer's state.
 
     Any layout can read what any other wrote. The files have been verified (``newest_whole``).
 
     Raises:
         UserError: if the checkpoint lacks a tensor.
     """
-    reader = ShardReader(folder, verify=False)
-    for tensor in _all_tensors(chunks, optimizer):
-        reader.fill(tensor)
-    with torch.no_grad():
-        for _, parameter in _trained(chunks):
-            parameter.data.copy_(main_parameter(parameter).data)
-    for inner in _inner_optimizers(optimizer):
-        for group in inner.param_groups if inner is not None else ():
-            group["step"] = step
+    from unimoe_mcore.checkpoints.store import ShardReader
+    from unimoe_mcore.checkpoints.trained import load_pieces
+
+    load_pieces(ShardReader(folder, verify=False), chunks, optimizer)

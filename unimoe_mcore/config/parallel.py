@@ -22,6 +22,9 @@ class ParallelConfig:
         sequence_parallel: divide activations along the sequence between the tensor ranks;
             Megatron requires it of a mixture of experts with ``tensor`` > 1.
         allow_untested: lay out in a way that is not in ``TESTED``; the log then says what was.
+        distributed_optimizer: divide fp32 main weights and Adam's moments among the data-parallel
+            ranks, each of which then moves its part and sends it to the others: less memory, the
+            same numbers. May differ when a run is continued.
         processes: processes that a local launch starts; under Slurm or torchrun it is not read.
     """
 
@@ -33,6 +36,7 @@ class ParallelConfig:
     context: int = 1
     sequence_parallel: bool = False
     allow_untested: bool = False
+    distributed_optimizer: bool = False
     processes: int = 2
 
 
@@ -53,7 +57,8 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("expert", "expert_tensor"),
 )
 """The layouts that ``benchmarks/equalities.py`` compares with one process: the sizes above 1 of
-each, with any number of data-parallel ranks. ``docs/results/equalities.md`` has the figures."""
+each, with any number of data-parallel ranks, with and without the distributed optimizer.
+``docs/results/equalities.md`` has the figures."""
 
 
 def features(parallel: ParallelConfig) -> tuple[str, ...]:

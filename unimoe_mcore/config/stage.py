@@ -31,6 +31,8 @@ class StageConfig:
             folder that a stage-2 run gave.
         connectors: for ``moe``: tower -> folder it comes from. A tower that is not named takes
             the connector of the one expert run specialised in it, else that of ``start``.
+        init_from: another run, one of its checkpoints, or what it gave: what this run trains
+            begins with the values that it holds, as far as it holds them; the steps begin at 0.
         train: parts that train (``unimoe_mcore.model.parts``); all else is frozen.
         lora: adapters added before training.
     """
@@ -43,5 +45,6 @@ class StageConfig:
     start: str = ""
     experts: list[str] = field(default_factory=list)
     connectors: dict[str, str] = field(default_factory=dict)
+    init_from: str = ""
     train: list[str] = field(default_factory=list)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

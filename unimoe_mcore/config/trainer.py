@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 PRECISIONS = ("auto", "bf16", "fp32")
 SPLITS = ("val", "test")
 
+CHANGEABLE = ("steps", "lr", "min_lr", "warmup", "weight_decay", "betas", "eps", "clip")
+"""What ``resume_changes`` may name: settings that need nothing of a checkpoint to be other ones."""
+
 
 @dataclass
 class EvaluationConfig:
@@ -44,6 +47,9 @@ class TrainerConfig:
         seed: of every weight that the run itself initialises.
         checkpoint_every: steps between checkpoints; one is also written after the last step.
         keep: newest checkpoints that are kept.
+        keep_every: steps between those that are kept for good, besides the newest; 0 keeps none.
+        resume_changes: settings that this run may change when it is continued (``lr``, ``steps``
+            ...: ``CHANGEABLE``). All others that change what is computed are refused.
         log_every: steps between the lines printed where there is no terminal.
         threads: CPU threads per process; 0 takes ``OMP_NUM_THREADS``, or 1.
     """
@@ -60,6 +66,8 @@ class TrainerConfig:
     seed: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    keep_every: int = 0
+    resume_changes: list[str] = field(default_factory=list)
     log_every: int = 20
     threads: int = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

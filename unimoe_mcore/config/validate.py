@@ -11,7 +11,7 @@ from unimoe_mcore.config.parallel import check_layout, check_tested
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import KINDS
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
-from unimoe_mcore.config.trainer import PRECISIONS, SPLITS, TrainerConfig
+from unimoe_mcore.config.trainer import CHANGEABLE, PRECISIONS, SPLITS, TrainerConfig
 
 COMPOSITIONS = ("mixed", "uniform")
 DEALINGS = ("balanced", "sharded")
@@ -153,9 +153,18 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     for key in ("lr", "eps"):
         if not getattr(trainer, key) > 0:
             yield f"trainer.{key} is {getattr(trainer, key)}, it must be greater than 0"
-    for key in ("warmup", "weight_decay", "clip", "min_lr", "threads"):
+    for key in ("warmup", "weight_decay", "clip", "min_lr", "threads", "keep_every"):
         if not getattr(trainer, key) >= 0:
             yield f"trainer.{key} is {getattr(trainer, key)}, it must not be negative"
+    if trainer.keep_every > 0 and trainer.keep_every % max(1, trainer.checkpoint_every):
+        yield (
+            f"trainer.keep_every={trainer.keep_every} is no multiple of "
+            f"trainer.checkpoint_every={trainer.checkpoint_every}: there would be none to keep"
+        )
+    for name in trainer.resume_changes:
+        if name not in CHANGEABLE:
+            known = ", ".join(CHANGEABLE)
+            yield f"trainer.resume_changes names {name!r}, it may name {known}"
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         yield f"trainer.betas is {list(trainer.betas)}, it must be two numbers from 0 to below 1"
 

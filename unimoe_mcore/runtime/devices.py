@@ -55,3 +55,8 @@ def device() -> torch.device:
 def backend() -> str:
     """The backend of ``torch.distributed``: ``nccl`` between CUDA devices, else ``gloo``."""
     return "nccl" if detect().cuda.value else "gloo"
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Host memory of ``size`` bytes, ``[size]`` uint8, that the device copies to at full speed."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=detect().cuda.value)

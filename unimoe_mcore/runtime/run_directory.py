@@ -135,9 +135,19 @@ class RunDirectory:
             (self.path / "version.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
 
 
-def given(run: RunDirectory) -> bool:
-    """Whether the run has given what it gives."""
-    return (run.gives / "manifest.json").is_file()
+def given(run: RunDirectory, steps: int | None = None) -> bool:
+    """Whether the run has given what it gives.
+
+    Args:
+        steps: and was not trained for another number of steps when it did.
+    """
+    path = run.gives / "manifest.json"
+    if not path.is_file() or steps is None:
+        return path.is_file()
+    try:
+        return json.loads(path.read_text(encoding="utf8")).get("steps") in (None, 0, steps)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -167,19 +167,31 @@ class Progress:
 
 @dataclass
 class Checkpoints:
-    """Saves every ``every`` steps and after the last one."""
+    """Begins to save every ``every`` steps and after the last one.
+
+    Attributes:
+        every: steps.
+        steps: number of the last one.
+        save: copies what is trained, and returns while it is being written.
+        look: looks whether it is written; raises if it cannot be.
+        finish: waits until it is.
+    """
 
     every: int
     steps: int
     save: Callable[[int], None]
+    look: Callable[[], None]
+    finish: Callable[[], None]
 
     def start(self, step: int) -> None:
         """Nothing to do."""
 
     def step(self, record: StepRecord) -> None:
-        """Save if it is time."""
+        """Look after the checkpoint that is being written; save if it is time."""
+        self.look()
         if record.step % self.every == 0 or record.step == self.steps:
             self.save(record.step)
 
     def end(self) -> None:
-        """Nothing to do."""
+        """Wait for the last checkpoint."""
+        self.finish()

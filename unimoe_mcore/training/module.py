@@ -13,8 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from unimoe_mcore.checkpoints.loading import load_sources
+from unimoe_mcore.checkpoints.loading import begin_with, load_sources
 from unimoe_mcore.checkpoints.sources import Sources
+from unimoe_mcore.checkpoints.starting import Start
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.build import build_model
@@ -32,6 +33,7 @@ class TrainModule:
     Attributes:
         chunks: bare model chunks (one, or one per virtual pipeline stage).
         trained: trained parameters on this rank by part.
+        began_with: tensors taken from ``stage.init_from`` by part.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TrainModule:
         kernels: dict[str, Any],
         sources: Sources,
         precision: str,
+        start: Start | None = None,
     ) -> None:
         self.recipe = recipe
         self.groups = groups
@@ -57,6 +60,7 @@ class TrainModule:
             for part, count in train_only(chunk, recipe.stage.train).items():
                 self.trained[part] = self.trained.get(part, 0) + count
         self._check_all_train(recipe.stage.train)
+        self.began_with = begin_with(self.chunks, start) if start is not None else {}
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)
@@ -84,6 +88,7 @@ class TrainModule:
             grad_reduce_in_fp32=True,
             # The finite check: a bad gradient stops the run before it reaches any weight.
             check_for_nan_in_grad=True,
+            use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
         )
         inner = Float16Module(self.config, chunk) if self.config.bf16 else chunk
         return DistributedDataParallel(self.config, reduction, inner, disable_bucketing=not first)

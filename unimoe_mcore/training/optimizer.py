@@ -22,11 +22,12 @@ def build_optimizer(
         wrapped: the chunks.
         dtype: of weights and activations.
     """
-    return get_megatron_optimizer(optimizer_config(recipe.trainer, dtype), list(wrapped))
+    return get_megatron_optimizer(optimizer_config(recipe, dtype), list(wrapped))
 
 
-def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerConfig:
+def optimizer_config(recipe: Recipe, dtype: torch.dtype) -> OptimizerConfig:
     """AdamW with fp32 main weights."""
+    trainer = recipe.trainer
     return OptimizerConfig(
         optimizer="adam",
         lr=trainer.lr,
@@ -37,7 +38,7 @@ def optimizer_config(trainer: TrainerConfig, dtype: torch.dtype) -> OptimizerCon
         clip_grad=trainer.clip,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
     )
 
 

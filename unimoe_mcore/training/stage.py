@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +29,10 @@ from data_pipeline.shards.schema import MIXED
 from unimoe_mcore.checkpoints.artefact import TOKENIZER
 from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.giving import give
+from unimoe_mcore.checkpoints.saving import Saved, Saver
 from unimoe_mcore.checkpoints.sources import Sources, find_sources
+from unimoe_mcore.checkpoints.starting import Start, find_start
+from unimoe_mcore.checkpoints.trained import checkpoint_pieces
 from unimoe_mcore.checkpoints.training import (
     CheckpointFolder,
     RunState,
@@ -91,8 +95,13 @@ class StageRun:
             transformer_flags(detect()),
             self.sources,
             self.precision,
+            decided_by_first_rank(self._start),
         )
-        self.checkpoints = CheckpointFolder(run.checkpoints, recipe.trainer.keep)
+        self.checkpoints = CheckpointFolder(
+            run.checkpoints, recipe.trainer.keep, recipe.trainer.keep_every
+        )
+        start = decided_by_first_rank(self._begin_saving)
+        self.saver = Saver(self.checkpoints, dist.get_rank(), dist.get_world_size(), start)
         self.ranks = Ranks(
             self.module.data_ranks,
             lockstep_ranks(recipe.parallel),
@@ -102,6 +111,10 @@ class StageRun:
         decided_by_first_rank(self._quarantine_what_killed)
         self.quarantine = Quarantine(run.quarantine, writes=self.first_rank)
         self.timeline = Timeline(self.samples.sources, phases(recipe, self.manifest))
+
+    def _start(self) -> Start | None:
+        """What ``stage.init_from`` names; once there are checkpoints, they hold what trains."""
+        return None if self.directory.started else find_start(self.recipe, self.sources)
 
     def _forget_other_data(self) -> None:
         """Start afresh where the data have changed since and nothing was trained on them.
@@ -150,13 +163,20 @@ class StageRun:
         self.directory.write_version()
         self._announce()
         first = self._resume()
+        decided_by_first_rank(self._forget_outdated)
         trainer = self.recipe.trainer
         if first == 0 and trainer.evaluation.before:
             self.evaluate("before")
         callbacks: list[Callback] = [
             Metrics(self.directory, self.recipe),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
-            Checkpoints(trainer.checkpoint_every, trainer.steps, self._save),
+            Checkpoints(
+                trainer.checkpoint_every,
+                trainer.steps,
+                self._save,
+                lambda: self._note(self.saver.poll()),
+                lambda: self._note(self.saver.wait()),
+            ),
         ]
         with self.pool(self.samples, self.directory.in_progress(dist.get_rank())) as pool:
             feed = self.feed(pool)
@@ -164,7 +184,7 @@ class StageRun:
             train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
         if trainer.evaluation.after:
             self.evaluate("after")
-        if not decided_by_first_rank(lambda: given(self.directory)):
+        if not decided_by_first_rank(lambda: given(self.directory, trainer.steps)):
             give(
                 self.directory.gives,
                 self.recipe,
@@ -174,6 +194,12 @@ class StageRun:
                 self.tokenizer,
             )
             self.directory.event("done", step=trainer.steps)
+
+    def _forget_outdated(self) -> None:
+        """Forget the answers of a run that was done and now goes on."""
+        trainer = self.recipe.trainer
+        if given(self.directory) and not given(self.directory, trainer.steps):
+            self.directory.evaluation("after", trainer.evaluation.split).unlink(missing_ok=True)
 
     def pool(self, catalogue: Catalogue, note: Path | None = None) -> ReaderPool:
         """Reads a catalogue's samples, decoded for the towers of this rank."""
@@ -217,6 +243,10 @@ class StageRun:
             layout=layout,
             precision=self.precision,
         )
+        if self.module.began_with:
+            self.directory.event(
+                "began with", folder=self.recipe.stage.init_from, parts=self.module.began_with
+            )
         if self.first_rank:
             listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.items())
             print(
@@ -240,6 +270,13 @@ class StageRun:
                 f"those that were: {'; '.join(tested)}",
                 flush=True,
             )
+            if self.module.began_with:
+                taken = ", ".join(f"{part} {n}" for part, n in self.module.began_with.items())
+                print(
+                    f"{self.recipe.name}: begins with {self.recipe.stage.init_from}, tensors: "
+                    f"{taken}",
+                    flush=True,
+                )
 
     def _state(self, step: int) -> RunState:
         return RunState(
@@ -249,8 +286,25 @@ class StageRun:
             precision=self.precision,
         )
 
+    def _begin_saving(self) -> str:
+        """Remove what a killed start left half written; a name for what this start writes."""
+        self.checkpoints.clear()
+        return secrets.token_hex(4)
+
     def _save(self, step: int) -> None:
-        self.checkpoints.save(self.module.chunks, self.module.optimizer, self._state(step))
+        pieces = checkpoint_pieces(self.module.chunks, self.module.optimizer)
+        self.saver.save(pieces, self._state(step))
+
+    def _note(self, saved: Sequence[Saved]) -> None:
+        """Record the checkpoints that have become visible."""
+        for each in saved:
+            self.directory.event(
+                "saved",
+                step=each.step,
+                stopped=round(each.stopped, 4),
+                writing=round(each.writing, 4),
+                bytes=each.bytes,
+            )
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one.
@@ -272,7 +326,7 @@ class StageRun:
         state = read_state(latest)
         self._check_continues(state, latest)
         self._take_up_plan(state, latest)
-        load_checkpoint(latest, self.module.chunks, self.module.optimizer, state.step)
+        load_checkpoint(latest, self.module.chunks, self.module.optimizer)
         self.directory.event("resume", step=state.step)
         if self.first_rank and state.step < self.recipe.trainer.steps:
             print(f"{self.recipe.name}: continues from step {state.step}", flush=True)
