@@ -68,7 +68,7 @@ class MicroBatch:
             "group": -1,
             "sample": -1,
         }
-        rows = {
+        rows: dict[str, Any] = {
             name: torch.nn.functional.pad(getattr(self, name), (0, length - before), value=value)
             for name, value in filled.items()
         }
