@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.equalities [overrides]`` trains a tiny world (four blocks), runs every stage
 in one process and in every tested layout, and writes ``docs/results/equalities.md``; a few minutes
-on two cores. Overrides, such as ``parallel.distributed_optimizer=true``, are given to all runs of
-more than one process. Ends with 1 if anything is not equal.
+on two cores. Overrides, such as ``trainer.clip=0``, are given to all runs of more than one process.
+Ends with 1 if anything is not equal.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "skewed": ((), "skewed"),
     "unpacked": ((), "rows"),
     "accumulated": ((), "dealt"),
+    "distributed optimizer": (("parallel.distributed_optimizer=true",), "dealt"),
 }
 """Name -> overrides and cut (``tests/training/cases_equalities.py``)."""
 
@@ -164,7 +165,7 @@ def _variants(stage: str, layout: Layout) -> list[str]:
         return chosen
     if layout.data_ranks > 1 and stage != "base":
         chosen += ["sharded", "skewed"]
-    return [*chosen, "unpacked", "accumulated"]
+    return [*chosen, "unpacked", "accumulated", "distributed optimizer"]
 
 
 def _case(

@@ -57,7 +57,8 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("expert", "expert_tensor"),
 )
 """The layouts that ``benchmarks/equalities.py`` compares with one process: the sizes above 1 of
-each, with any number of data-parallel ranks. ``docs/results/equalities.md`` has the figures."""
+each, with any number of data-parallel ranks, with and without the distributed optimizer.
+``docs/results/equalities.md`` has the figures."""
 
 
 def features(parallel: ParallelConfig) -> tuple[str, ...]:
