@@ -111,12 +111,13 @@ class Ours:
         """Before the clock starts: forget all features."""
         if cold:
             for tower in self.module.towers():
+                assert tower.features.folder is not None
                 for path in tower.features.folder.glob("*/*.npy"):
                     path.unlink()
 
     def step(self) -> dict[str, float]:
         """Features are read from the cache, or encoded and written to it."""
-        result = train_step(self.module, [self.batch], self.recipe.trainer.lr)
+        result = train_step(self.module, [self.batch], 0)
         total = result.sums.sum(0)
         loss, tokens = (total[0] / total[1]).item(), float(result.tokens)
         return {"loss": loss, "norm": result.grad_norm, "tokens": tokens}
@@ -194,7 +195,7 @@ def main() -> None:
 
     def step(prepare: dict[str, bool] | None = None, **options: bool) -> dict[str, float]:
         sides[0].prepare(**(prepare or {}))
-        return timed(sides[0], **options)
+        return timed(sides[0].step, **options)
 
     serve({"build": build, "step": step})
     groups.destroy()

@@ -140,7 +140,9 @@ class Weights:
         b = self(f"{name}.lora_b.weight", *first, out, rank)
         scale = self.lora.alpha / rank
         parts = [x if stacked else x[None] for x in (whole, a, b)]
-        return [Adapted(*(x.clone() for x in each), scale) for each in zip(*parts, strict=True)]
+        return [
+            Adapted(w.clone(), x.clone(), y.clone(), scale) for w, x, y in zip(*parts, strict=True)
+        ]
 
 
 class MLP(nn.Module):

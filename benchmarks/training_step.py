@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.children import Child, free_port
@@ -168,7 +169,11 @@ def met(what: str, value: float, target: float) -> str:
 
 def language(size: Size, rows: list[str], said: list[str]) -> None:
     """Ours beside Mixtral, then two of our processes beside one."""
-    build = {"language": size.language, "sequences": size.sequences, "length": size.length}
+    build: dict[str, Any] = {
+        "language": size.language,
+        "sequences": size.sequences,
+        "length": size.length,
+    }
     module = "benchmarks.language_step"
     with ExitStack() as stack:
         ours = started(stack, module, side="ours", **build)
@@ -231,7 +236,7 @@ def mixed(samples: int, rounds: int, rows: list[str], said: list[str]) -> None:
             "ours, cache cold": lambda: step(ours, prepare={"cold": True}),
             "official, all of these": lambda: plain(*EVERYTHING),
             "fast plain step": plain,
-            **{name: (lambda h=habits: plain(*h)) for name, habits in ALONE.items()},
+            **{name: partial(plain, *habits) for name, habits in ALONE.items()},
         }
         found = in_turn(sides, rounds)
     for name in sides:

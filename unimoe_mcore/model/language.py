@@ -101,7 +101,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         # Packed rows differ in length from one micro-batch to the next, but for interleaved stages
-        # (unimoe_mcore.training.step).
+        # (unimoe_mcore.training.pipeline).
         variable_seq_lengths=parallel.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         **layout_flags(parallel),

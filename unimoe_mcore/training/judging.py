@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.reading.collate import MicroBatch
 from unimoe_mcore.runtime.devices import device
 from unimoe_mcore.training.module import TrainModule
-from unimoe_mcore.training.step import run_schedule
+from unimoe_mcore.training.pipeline import run_schedule
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,7 @@ class StageRun:
         total, trained = sum(entry.count for entry in inventory), sum(parts.values())
         ranks, stage = dist.get_world_size(), int(self.module.groups.pp.rank())
         connectors = {
-            tower.name: sum(p.numel() for p in tower.parameters())
-            for tower in self.module.towers()
+            tower.name: sum(p.numel() for p in tower.parameters()) for tower in self.module.towers()
         }
         memory = recipe_memory(self.recipe, connectors, ranks, stage, self.precision)
         self.directory.event(
