@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from tests.training.cases_stages import composed, layouts, opened, run_stage
-from unimoe_mcore.checkpoints.store import sharded_tensors
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.training import load_checkpoint, read_state
 from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model import language
