@@ -70,6 +70,7 @@ def few_steps(
         "types": sorted({str(p.dtype) for c in module.chunks for p in c.parameters()}),
         "rounded": _rounded(stage),
     }
+    stage.saver.wait()
     closed(stage, forget=not save)
     return facts
 

@@ -22,7 +22,7 @@ BF16 = 4e-3  # one rounding of bf16
 NO_ROUTING = "trainer.evaluation.routing=false"
 TENSOR = ["parallel.tensor=2", "parallel.sequence_parallel=true", NO_ROUTING]
 EP1, EP2 = "parallel.expert=1", "parallel.expert=2"
-ETP2 = ["parallel.expert_tensor=2", NO_ROUTING]
+ETP2 = ["parallel.expert_tensor=2", "parallel.allow_untested=true", NO_ROUTING]
 ALL = "stage.train=[router, lora, connectors, encoders]"
 ENCODERS = "stage.train=[connectors, encoder.image, encoder.speech]"
 RATES = [
