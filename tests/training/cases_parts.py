@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tests.training.cases_stages import composed, opened, run_stage, skewed, stopped_and_resumed
 from unimoe_mcore.checkpoints.giving import give
-from unimoe_mcore.checkpoints.store import ShardReader, sharded_tensors
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
+from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.checkpoints.training import main_parameter, trained_tensors
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.runtime import groups
