@@ -233,9 +233,7 @@ def stages(layout: ParallelConfig) -> list[int]:
 
 def words(layout: ParallelConfig) -> str:
     """A layout in letters."""
-    return (
-        f"TP={layout.tensor} PP={layout.pipeline} EP={layout.expert} ETP={layout.expert_tensor}"
-    )
+    return f"TP={layout.tensor} PP={layout.pipeline} EP={layout.expert} ETP={layout.expert_tensor}"
 
 
 def study(world_size: int, every: int = 1) -> Iterator[tuple[ParallelConfig, list[str]]]:
@@ -278,9 +276,7 @@ def checkpoint_rows() -> list[str]:
     rows = []
     for experts, placement in product((4, 8), ("interval", "all")):
         recipe = paper(experts, placement)
-        counts = language_parameters(
-            recipe.model, experts, recipe.stage.lora, ParallelConfig(), 0
-        )
+        counts = language_parameters(recipe.model, experts, recipe.stage.lora, ParallelConfig(), 0)
         # Connectors as in the paper: projector of vision, linear layer of sound.
         connectors = 1024 * 4096 + 4096 + 4096 * 4096 + 4096 + 768 * 4096 + 4096
         trained = {**trained_counts(counts, recipe), "connectors": connectors}
@@ -347,7 +343,7 @@ def main() -> None:
         "paper's projectors; adapters of rank 8). The share of a model in bf16 is the largest one "
         "can take; trained parameters are the last column's share of all.",
         "",
-        "| model | parameters, 10⁹ | trained, 10⁶ | checkpoint, GB | of the model in bf16 | in fp32 "
+        "| model | parameters, 10⁹ | trained, 10⁶ | checkpoint, GB | of the bf16 model | in fp32 "
         "| trained |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *checkpoint_rows(),

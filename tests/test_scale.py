@@ -67,9 +67,7 @@ def test_the_paper_models_have_the_paper_sizes() -> None:
     billions = {}
     for experts, placement in ((4, "interval"), (4, "all"), (8, "interval"), (8, "all")):
         recipe = paper(experts, placement)
-        counts = language_parameters(
-            recipe.model, experts, LoRAConfig(), ParallelConfig(), stage=0
-        )
+        counts = language_parameters(recipe.model, experts, LoRAConfig(), ParallelConfig(), stage=0)
         billions[experts, placement] = round(sum(counts.values()) / 1e9, 1)
     # Table 1 of the paper.
     assert billions == {
@@ -104,9 +102,7 @@ def test_blocks_of_interleaved_stages() -> None:
     assert blocks_of_stage(8, layout, 0) == [0, 1, 4, 5]
     assert blocks_of_stage(8, layout, 1) == [2, 3, 6, 7]
     model = ModelConfig()
-    first, second = (
-        language_parameters(model, 0, LoRAConfig(), layout, stage) for stage in (0, 1)
-    )
+    first, second = (language_parameters(model, 0, LoRAConfig(), layout, stage) for stage in (0, 1))
     # Tied embeddings: the last stage has a copy.
     assert first["embeddings"] == second["embeddings"]
     assert second["norms"] - first["norms"] == model.language.hidden
