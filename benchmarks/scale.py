@@ -343,8 +343,8 @@ def main() -> None:
         "paper's projectors; adapters of rank 8). The share of a model in bf16 is the largest one "
         "can take; trained parameters are the last column's share of all.",
         "",
-        "| model | parameters, 10⁹ | trained, 10⁶ | checkpoint, GB | of the model in bf16 "
-        "| in fp32 | trained |",
+        "| model | parameters, 10⁹ | trained, 10⁶ | checkpoint, GB | of the bf16 model | in fp32 "
+        "| trained |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *checkpoint_rows(),
         "",

@@ -74,7 +74,7 @@ def test_the_paper_models_have_the_paper_sizes() -> None:
         (4, "interval"): 13.2,
         (4, "all"): 19.7,
         (8, "interval"): 21.9,
-        (8, "all"): 37.1,
+        (8, "all"): 37.0,
     }
 
 
@@ -83,7 +83,7 @@ def test_a_stage_3_checkpoint_is_small() -> None:
     counts = language_parameters(recipe.model, 8, recipe.stage.lora, ParallelConfig(), 0)
     trained = trained_counts(counts, recipe)
     assert set(trained) == {"router", "lora.attention", "lora.mlp", "lora.experts"}
-    assert 0 < checkpoint_bytes(trained) / (2 * sum(counts.values())) < 0.03
+    assert 0 < checkpoint_bytes(trained) / (2 * sum(counts.values())) < 0.02
 
 
 def test_bytes_of_a_rank() -> None:
