@@ -54,6 +54,9 @@ def recipe_for(cache: str) -> Recipe:
             "parallel.processes=1",
             "parallel.expert=1",
             "trainer.precision=fp32",
+            # The official side has one rate: a schedule would set the sides apart.
+            "trainer.warmup=0",
+            "trainer.min_lr=1.0",
             f"paths.cache={cache}",
         ],
     )
