@@ -14,7 +14,7 @@ from tests.training.cases_stages import composed, opened, run_stage, skewed, sto
 from unimoe_mcore.checkpoints.giving import give
 from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.store import ShardReader
-from unimoe_mcore.checkpoints.training import main_parameter, trained_tensors
+from unimoe_mcore.checkpoints.trained import MODEL, checkpoint_pieces, owned_by
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.training.stage import StageRun
@@ -87,8 +87,9 @@ def _taken_up(stage: StageRun, run: str) -> int:
 
 def _rounded(stage: StageRun) -> bool:
     """Whether every trained weight is its fp32 main weight, rounded."""
+    owned = owned_by(stage.module.optimizer)
     weights = [p for c in stage.module.chunks for p in c.parameters() if p.requires_grad]
-    return all(torch.equal(p, main_parameter(p).to(p.dtype)) for p in weights)
+    return all(torch.equal(p, owned[p].main.to(p.dtype)) for p in weights)
 
 
 def fill_adapters(stage: StageRun) -> None:
@@ -110,10 +111,11 @@ def fill_adapters(stage: StageRun) -> None:
 
 def whole(stage: StageRun) -> dict[str, torch.Tensor]:
     """This rank's trained parameters (fp32) by name and place."""
+    pieces = checkpoint_pieces(stage.module.chunks, stage.module.optimizer)
     return {
-        f"{tensor.key} {tuple(tensor.global_offset)}": tensor.data.detach().clone()
-        for tensor in trained_tensors(stage.module.chunks)
-        if tensor.data is not None
+        f"{piece.name} {piece.offset}": piece.data.detach().clone()
+        for piece in pieces
+        if piece.name.startswith(f"{MODEL}.")
     }
 
 
@@ -146,8 +148,9 @@ def rates(folder: str, extra: list[str]) -> dict[str, Any]:
     stage = opened(composed(folder, "stage3", "name=rates", *extra))
     with stage.pool(stage.samples) as pool:
         result = train_step(stage.module, stage.feed(pool).read(0), 0)
+    owned = owned_by(stage.module.optimizer)
     held = {
-        main_parameter(parameter): str(chunk_state[name].key)
+        owned[parameter].main: str(chunk_state[name].key)
         for chunk in stage.module.chunks
         for chunk_state in (chunk.sharded_state_dict(),)
         for name, parameter in chunk.named_parameters()
