@@ -179,6 +179,8 @@ def shared_expert() -> float:
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     model = build_model(recipe, collection, {}, torch.float32, transformer_flags(detect()))
+    for parameter in model.parameters():  # a model comes without values
+        torch.nn.init.normal_(parameter, std=0.02)
     layer = next(module for module in model.modules() if isinstance(module, MoELayer))
     hidden, mask = inputs()
     both = layer(hidden, padding_mask=mask.T)[0]

@@ -77,6 +77,10 @@ def traced(folder: str) -> dict[str, Any]:
         "trainer.profile.ranks=all",
         "trainer.recompute=full",
     )
+    stage = opened(recipe)
+    sizes = [(p.numel(), p.requires_grad) for c in stage.module.chunks for p in c.parameters()]
+    dist.barrier()
+    groups.destroy(keep_world=True)
     lines = run_stage(recipe)
     run = Path(recipe.paths.runs) / "traced"
     stem = run / "profile" / f"steps-2-3.rank-{dist.get_rank():05d}"
@@ -84,6 +88,7 @@ def traced(folder: str) -> dict[str, Any]:
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     return {
         "lines": lines,
+        "held": [sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)],
         "files": sorted(path.name for path in stem.parent.iterdir()),
         "optimizers": names.count("Optimizer.step#FusedAdam.step"),
         "recomputed": names.count("CheckpointFunctionBackward"),

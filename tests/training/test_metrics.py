@@ -81,11 +81,11 @@ def test_a_line_of_the_metrics_says_what_the_step_cost(ranks: list[dict[str, Any
 
 
 def test_a_run_says_what_it_will_hold(ranks: list[dict[str, Any]]) -> None:
-    start = ranks[0]["traced"]["start"]
-    assert start["memory"] == {
-        "weights": 4 * start["parameters"],
-        "gradients": 4 * start["trained"],
-        "optimizer": 8 * start["trained"],  # fp32: the weights are the main weights
+    parameters, trained = ranks[0]["traced"]["held"]
+    assert ranks[0]["traced"]["start"]["memory"] == {
+        "weights": 4 * parameters,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,  # fp32: the weights are the main weights
     }
 
 

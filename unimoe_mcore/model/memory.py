@@ -24,7 +24,12 @@ def blocks_of_stage(blocks: int, parallel: ParallelConfig, stage: int) -> list[i
 
 
 def language_parameters(
-    model: ModelConfig, experts: int, lora: LoRAConfig, parallel: ParallelConfig, stage: int
+    model: ModelConfig,
+    experts: int,
+    lora: LoRAConfig,
+    parallel: ParallelConfig,
+    stage: int,
+    shared: bool = False,
 ) -> dict[str, int]:
     """Parameters of the language model on any rank of a pipeline stage, by part.
 
@@ -33,6 +38,7 @@ def language_parameters(
     Args:
         experts: experts per MoE block; 0 for a dense model.
         stage: number of the pipeline stage.
+        shared: whether every MoE block also has an MLP that all tokens pass.
     """
     shape = model.language
     mine = blocks_of_stage(shape.blocks, parallel, stage)
@@ -49,8 +55,9 @@ def language_parameters(
         "mlp": dense * sum(i * o for _, i, o in mlp) // parallel.tensor,
         "router": sparse * experts * shape.hidden,
         "experts": sparse * local * sum(i * o for _, i, o in mlp) // parallel.expert_tensor,
+        "shared": shared * sparse * sum(i * o for _, i, o in mlp) // parallel.tensor,
         "lora.attention": len(mine) * _adapters(attention, lora.rank, parallel.tensor),
-        "lora.mlp": dense * _adapters(mlp, lora.rank, parallel.tensor),
+        "lora.mlp": (dense + shared * sparse) * _adapters(mlp, lora.rank, parallel.tensor),
         "lora.experts": sparse * local * _adapters(mlp, lora.rank, parallel.expert_tensor),
     }
     wanted = {f"lora.{target}" for target in lora.targets}
@@ -153,9 +160,17 @@ def recipe_memory(
     """
     parallel, moe = recipe.parallel, recipe.stage.kind == "moe"
     experts = len(recipe.stage.experts) if moe else 0
-    counts = language_parameters(recipe.model, experts, recipe.stage.lora, parallel, stage)
+    shared = bool(recipe.stage.shared_expert)
+    counts = language_parameters(recipe.model, experts, recipe.stage.lora, parallel, stage, shared)
     counts |= {f"connector.{tower}": count for tower, count in connectors.items()}
-    return rank_memory(counts, trained_counts(counts, recipe), parallel, world, precision)
+    return rank_memory(
+        counts,
+        trained_counts(counts, recipe),
+        parallel,
+        world,
+        precision,
+        parallel.distributed_optimizer,
+    )
 
 
 def trained_counts(counts: dict[str, int], recipe: Recipe) -> dict[str, int]:
