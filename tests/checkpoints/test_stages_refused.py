@@ -94,7 +94,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no expert": (
         gone("stage2-speech"),
         ["stage3"],
-        "The expert stage.experts[2] is missing: there is no {runs}/stage2-speech/gives/manifest.json",
+        "The expert stage.experts[2] is missing: there is no "
+        "{runs}/stage2-speech/gives/manifest.json",
     ),
     "a stage 1 that was killed": (
         lambda runs: (runs / "stage1/gives").rename(runs / "stage1/.partial-gives"),
