@@ -107,6 +107,7 @@ EVERYWHERE = (
     "model.language.blocks=4",
     "data.global_samples=16",
     "trainer.steps=8",
+    "parallel.allow_untested=true",  # what is tested is found out here
     NO_ROUTING,
 )
 

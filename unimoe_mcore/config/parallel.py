@@ -50,10 +50,7 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("pipeline", "virtual_pipeline"),
     ("pipeline", "expert"),
-    ("pipeline", "virtual_pipeline", "expert"),
     ("tensor", "expert"),
-    ("tensor", "pipeline"),
-    ("tensor", "pipeline", "expert"),
     ("expert", "expert_tensor"),
 )
 """The layouts that ``benchmarks/equalities.py`` compares with one process: the sizes above 1 of

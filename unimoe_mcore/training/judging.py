@@ -43,7 +43,7 @@ def judge(module: TrainModule, batches: Sequence[MicroBatch]) -> list[Judgement]
     found: list[Judgement] = run_schedule(
         module, batches, _forward, forward_only=True, collect_non_loss_data=True
     )
-    # The schedule may have lengthened rows.
+    # The schedule may have lengthened rows; stages before the last have found nothing.
     lengths = [batch.loss_mask.shape[1] for batch in batches]
     return [
         Judgement(judgement.losses[:length], judgement.correct[:length])
