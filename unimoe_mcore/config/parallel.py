@@ -53,9 +53,10 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("tensor", "expert"),
     ("expert", "expert_tensor"),
 )
-"""The layouts that ``benchmarks/equalities.py`` compares with one process: the sizes above 1 of
-each, with any number of data-parallel ranks, with and without the distributed optimizer.
-``docs/results/equalities.md`` has the figures."""
+"""The layouts that were compared with one process: the sizes above 1 of each, with any number of
+data-parallel ranks. ``tests/training/test_layouts.py`` does it for every push, the distributed
+optimizer is in ``tests/checkpoints/test_layouts.py``, and ``benchmarks/equalities.py`` takes more
+stages, dealings and steps."""
 
 
 def features(parallel: ParallelConfig) -> tuple[str, ...]:
