@@ -73,6 +73,8 @@ def _language(recipe: Recipe, collection: ProcessGroupCollection) -> tuple[float
     flags = transformer_flags(detect())
     markers = {m: number for number, m in enumerate(MODALITIES)}
     model = build_model(recipe, collection, markers, dtype, flags)
+    for parameter in model.parameters():  # a model comes without values
+        torch.nn.init.normal_(parameter, std=recipe.model.language.init_std)
     train_only(model, recipe.stage)
     most = min(TOKENS, recipe.model.language.max_tokens)
     lengths = sorted({max(8, most // parts) for parts in (1, 2, 4, 16)})

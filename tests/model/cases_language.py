@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from data_pipeline.conversation.template import Rendered
 from data_pipeline.reading.collate import MicroBatch, Sample, collate
 from tests.model.reference import llama, mixtral, ours
+from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.config.model import LanguageConfig, LoRAConfig, ModelConfig, MoEConfig
 from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import StageConfig
 from unimoe_mcore.model.build import build_model
+from unimoe_mcore.model.initialise import initialise
 from unimoe_mcore.model.lora import merge_lora, targeted_linears
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime import groups
@@ -141,6 +143,9 @@ def adapted(placement: str, targets: list[str]) -> dict[str, Any]:
     plain, model = built(shape, placement), built(shape, placement, lora)
     for each in (plain, model):
         fill(each, weights)
+    for tensor in sharded_tensors(model.sharded_state_dict()):
+        if ".lora_" in tensor.key:  # as a stage begins
+            initialise(tensor, 0, shape)
     generator = torch.Generator().manual_seed(2)
     layers = dict(targeted_linears(model.language_model, targets))
     for layer in layers.values():

@@ -117,10 +117,10 @@ def targeted_linears(
 
 
 def add_lora(language_model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Give the targeted linears an adapter, in place; nothing changes until ``B`` is trained.
+    """Give the targeted linears an adapter, in place.
 
-    ``A`` is left uninitialised here: ``unimoe_mcore.model.initialise`` fills it by name, so that
-    it is the same in every layout.
+    Its weights have no values yet: ``unimoe_mcore.model.initialise`` fills them by name, so that
+    they are the same in every layout; ``B`` with zeros, so that it changes nothing at first.
 
     Returns:
         Names of the adapted layers.
@@ -162,7 +162,6 @@ def _adapt(layer: ColumnParallelLinear | RowParallelLinear, config: LoRAConfig) 
         )
         layer.lora_a, layer.lora_b = sharded, replicated
         layer.__class__ = LoRARowLinear
-    nn.init.zeros_(layer.lora_b.weight)
     layer.lora_scale = config.alpha / config.rank
     _mark(replicated.weight, layer)
 
