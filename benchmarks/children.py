@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,14 +26,17 @@ class Child:
 
     Args:
         module: what ``python -m`` runs.
+        python: which Python; this one if not given.
         environment: added to this process's; a child has one thread.
     """
 
-    def __init__(self, module: str, **environment: str) -> None:
+    def __init__(
+        self, module: str, python: Path | str = sys.executable, **environment: str
+    ) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [str(python), "-m", module],
             cwd=ROOT,
             env={**os.environ, **own},
             stdin=subprocess.PIPE,
@@ -47,6 +49,11 @@ class Child:
         """Give an order and return at once."""
         assert self._process.stdin is not None
         print(json.dumps({"do": do, **order}), file=self._process.stdin, flush=True)
+
+    def ask(self, do: str, **order: Any) -> dict[str, Any]:
+        """Give an order and wait for the answer."""
+        self.tell(do, **order)
+        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """Wait for the answer to an order.
@@ -80,13 +87,6 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._errors.close()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def serve(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:

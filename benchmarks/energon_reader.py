@@ -27,7 +27,8 @@ from megatron.energon import (
 from megatron.energon.edataclass import edataclass
 from megatron.energon.flavors import Sample
 
-from benchmarks.reading_work import BATCH, SHUFFLED, Work, serve, timed
+from benchmarks.children import serve
+from benchmarks.reading_work import BATCH, SHUFFLED, Work, timed
 from data_pipeline.reading.collate import MicroBatch
 from data_pipeline.reading.sample import Sample as OurSample
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import webdataset
 
+from benchmarks.children import serve
 from benchmarks.reading_set import DATASET, ENCODERS, RULE
-from benchmarks.reading_work import BATCH, PAD_TO, SHUFFLED, Work, serve, timed
+from benchmarks.reading_work import BATCH, PAD_TO, SHUFFLED, Work, timed
 from data_pipeline.planning.catalogue import open_catalogue
 from data_pipeline.planning.cost import CostModel
 from data_pipeline.planning.dealer import Dealer

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.reading_set import ENCODERS, RULE, TOKENIZER
 from data_pipeline.conversation.template import render
@@ -84,15 +81,3 @@ def timed(batches: Iterable[MicroBatch], samples: int) -> dict[str, float]:
         "rate": (counted - first) / (ended - ready),
         "cpu": (time.process_time() - used) / (counted - first),
     }
-
-
-Command = Callable[..., dict[str, Any]]
-
-
-def serve(commands: Mapping[str, Command]) -> None:
-    """Answer commands from stdin, a JSON object a line, until it ends; answers go to stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
-    for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(commands[order.pop("do")](**order)), file=answers, flush=True)

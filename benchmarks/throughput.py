@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,9 +13,9 @@ import tempfile
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from benchmarks.children import Child
 from benchmarks.reading_set import KINDS, SAMPLES, write_set
 from benchmarks.reading_work import BATCH, SHUFFLED
 from benchmarks.side_by_side import write
@@ -40,47 +39,9 @@ Found = dict[tuple[str, int], list[dict[str, float]]]
 """Reader and workers -> what each of its passes gave."""
 
 
-class Reader:
+def started(python: Path | str, module: str) -> Child:
     """A process that reads when it is told to."""
-
-    def __init__(self, python: Path | str, module: str) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            [str(python), "-m", module],
-            cwd=ROOT,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def ask(self, do: str, **order: Any) -> dict[str, Any]:
-        """Give a command and wait for the answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps({"do": do, **order}), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            self._errors.seek(0)
-            raise RuntimeError(f"{do} ended: {self._errors.read()[-4000:]}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._errors.close()
+    return Child(module, python, TOKENIZERS_PARALLELISM="false")
 
 
 def prepare_for_energon(folder: Path) -> None:
@@ -90,7 +51,7 @@ def prepare_for_energon(folder: Path) -> None:
     subprocess.run([*command, "--split-parts", "train:train/.*"], check=True, capture_output=True)
 
 
-def passes(readers: dict[str, Reader], folder: Path, name: str) -> Found:
+def passes(readers: dict[str, Child], folder: Path, name: str) -> Found:
     """Everybody in turn, several times."""
     found: Found = {}
     order: dict[str, Any] = {"folder": str(folder), "samples": READ[name]}
@@ -144,13 +105,13 @@ def restarts(folder: Path) -> list[str]:
     """Sentences about how long it takes to get from a saved state to a batch."""
     place = str(folder)
     told = []
-    with Reader(sys.executable, "benchmarks.readers") as reader:
+    with started(sys.executable, "benchmarks.readers") as reader:
         reader.ask("save", folder=place, step=STEP)
     for workers in (0, 2):
         times = fresh(sys.executable, "benchmarks.readers", place, workers)
         told.append(f"ours, step {STEP:,}, {workers} workers: {times}")
     for workers in (0, 2):
-        with Reader(ENERGON / "python", "benchmarks.energon_reader") as reader:
+        with started(ENERGON / "python", "benchmarks.energon_reader") as reader:
             way = reader.ask("save", folder=place, step=REACHED, workers=workers)
         times = fresh(ENERGON / "python", "benchmarks.energon_reader", place, workers)
         told.append(
@@ -164,7 +125,7 @@ def fresh(python: Path | str, module: str, folder: str, workers: int) -> str:
     """Median seconds of restarts, each in a new process."""
     seconds = []
     for _ in range(RESTARTS):
-        with Reader(python, module) as reader:
+        with started(python, module) as reader:
             seconds.append(reader.ask("restart", folder=folder, workers=workers)["seconds"])
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
@@ -175,10 +136,10 @@ def main() -> None:
     energon = (ENERGON / "python", "benchmarks.energon_reader")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         readers = {
-            who: stack.enter_context(Reader(sys.executable, "benchmarks.readers"))
+            who: stack.enter_context(started(sys.executable, "benchmarks.readers"))
             for who in ("decode", "ours", "webdataset")
         }
-        readers["energon"] = stack.enter_context(Reader(*energon))
+        readers["energon"] = stack.enter_context(started(*energon))
         for kind in KINDS:
             folder = write_set(Path(name) / kind, KINDS[kind])
             prepare_for_energon(folder)

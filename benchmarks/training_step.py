@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks.children import Child, free_port
+from benchmarks.children import Child
 from benchmarks.side_by_side import write
+from tests.distributed import free_port
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses and gradient norms of sides that are compared."""
