@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.config.model import BALANCING_LOSSES, MoEConfig, moe_blocks
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.model.router import BalancedRouter, RouterStep, Tally
 from unimoe_mcore.model.unimoe import UniMoEModel
@@ -50,12 +51,11 @@ class Routers:
         self._every = recipe.trainer.router_every
         self._seed = recipe.trainer.seed
         self._chunks = chunks
-        self.routers: dict[int, BalancedRouter] = {}
-        for chunk in chunks:
-            for layer in chunk.language_model.decoder.layers:
-                for module in layer.modules():
-                    if isinstance(module, BalancedRouter):
-                        self.routers[(layer.layer_number - 1) // 2] = module
+        self.routers: dict[int, BalancedRouter] = {
+            block: router
+            for _, block, router in routers(chunks)
+            if isinstance(router, BalancedRouter)
+        }
 
     def begin(
         self,
