@@ -109,13 +109,30 @@ def destroy(keep_world: bool = False) -> None:
     """Forget Megatron's process groups and leave ``torch.distributed``; nothing if not set up.
 
     Args:
-        keep_world: stay in ``torch.distributed``, so that another layout can follow.
+        keep_world: stay in ``torch.distributed``, so that another layout can follow; a collective.
     """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if not keep_world and torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    if keep_world:
+        _close_all_but_world()
+    else:
         torch.distributed.destroy_process_group()
+
+
+def _close_all_but_world() -> None:
+    """Close the groups that Megatron made and only forgets.
+
+    Every gloo group has three threads, of which one is never quite asleep: a few hundred groups of
+    past layouts take all of a machine's time.
+    """
+    world = torch.distributed.group.WORLD
+    torch.distributed.barrier()  # a rank that leaves while another still talks ends both
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
 
 
 def _join(timeout: timedelta) -> None:
