@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,10 @@ def initialise(
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    if not torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
+        # Models are rings of references, and hold the groups of their layout (see ``destroy``).
+        gc.collect()
+    else:
         _join(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
