@@ -48,6 +48,7 @@ FREE = (
     "trainer.log_every",
     "trainer.resume_changes",
     "trainer.threads",
+    "trainer.validation",
 )
 """Settings that a run may change when it is continued: they do not change what is computed."""
 

@@ -33,6 +33,8 @@ REFUSED = {
     "trainer.steps=0": "trainer.steps is 0, it must be at least 1",
     "trainer.keep_every=100": "trainer.keep_every=100 is no multiple of trainer.checkpoint_every=",
     "trainer.keep_every=-1": "trainer.keep_every is -1, it must not be negative",
+    "trainer.validation.every=-1": "trainer.validation.every is -1, it must not be negative",
+    "trainer.validation.split=train": "trainer.validation.split is 'train', it must be one of",
     "trainer.resume_changes=[seed]": "trainer.resume_changes names 'seed', it may name steps, lr",
     "trainer.precision=fp8": "must be one of auto, bf16, fp32",
     "trainer.lr=-1": "trainer.lr is -1.0",

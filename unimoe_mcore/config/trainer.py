@@ -8,6 +8,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 SPLITS = ("val", "test")
 RECOMPUTE = ("none", "selective", "full")
 TRACED_RANKS = ("first", "all")
+GIVES = ("last", "best")
 
 
 @dataclass
@@ -44,6 +45,24 @@ class EvaluationConfig:
     before: bool = False
     after: bool = True
     routing: bool = True
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out loss while a run trains; the checkpoint with the lowest one is kept.
+
+    Attributes:
+        every: steps between two validations; there is also one after the last step. 0 for none.
+        split: whose questions are asked.
+        most: questions of every dataset, spread evenly over it; 0 for all.
+        give: which weights the run is judged by and gives to later stages: those of its ``last``
+            step, or of its ``best`` checkpoint.
+    """
+
+    every: int = 0
+    split: str = "val"
+    most: int = 32
+    give: str = "last"
 
 
 @dataclass
@@ -94,6 +113,7 @@ class TrainerConfig:
     threads: int = 0
     recompute: str = "none"
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

@@ -15,11 +15,13 @@ from unimoe_mcore.config.stage import KINDS
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
 from unimoe_mcore.config.trainer import (
     CHANGEABLE,
+    GIVES,
     PRECISIONS,
     RECOMPUTE,
     SPLITS,
     TRACED_RANKS,
     TrainerConfig,
+    ValidationConfig,
 )
 
 COMPOSITIONS = ("mixed", "uniform")
@@ -67,6 +69,8 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("trainer.recompute", recipe.trainer.recompute, RECOMPUTE),
         ("trainer.profile.ranks", recipe.trainer.profile.ranks, TRACED_RANKS),
         ("trainer.evaluation.split", recipe.trainer.evaluation.split, SPLITS),
+        ("trainer.validation.split", recipe.trainer.validation.split, SPLITS),
+        ("trainer.validation.give", recipe.trainer.validation.give, GIVES),
         ("logging.wandb", recipe.logging.wandb, WANDB_MODES),
         *(("stage.lora.targets", target, LORA_TARGETS) for target in recipe.stage.lora.targets),
     ):
@@ -174,6 +178,7 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     for key in ("warmup", "weight_decay", "clip", "min_lr", "threads", "keep_every"):
         if not getattr(trainer, key) >= 0:
             yield f"trainer.{key} is {getattr(trainer, key)}, it must not be negative"
+    yield from _validation(trainer.validation)
     traced = trainer.profile.steps
     if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1] <= trainer.steps):
         yield (
@@ -191,6 +196,15 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
             yield f"trainer.resume_changes names {name!r}, it may name {known}"
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         yield f"trainer.betas is {list(trainer.betas)}, it must be two numbers from 0 to below 1"
+
+
+def _validation(validation: ValidationConfig) -> Iterator[str]:
+    for key in ("every", "most"):
+        value = getattr(validation, key)
+        if value < 0:
+            yield f"trainer.validation.{key} is {value}, it must not be negative"
+    if validation.give == "best" and not validation.every:
+        yield "trainer.validation.give=best needs validations: set trainer.validation.every"
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -31,8 +31,9 @@ def ask(
     collate: Callable[[Sequence[Sample]], MicroBatch],
     routing: bool,
     shown: str = "",
+    rows: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer every question of a catalogue, teacher-forced; a collective over all ranks.
+    """Answer questions of a catalogue, teacher-forced; a collective over all ranks.
 
     An answer is exact if every one of its tokens, the end token included, is the likeliest one
     given the right ones before it: then greedy decoding gives exactly that answer.
@@ -45,6 +46,7 @@ def ask(
         collate: packs the questions of a micro-batch.
         routing: also count which experts each question's tokens go to.
         shown: title of a progress bar, on a terminal; empty for none.
+        rows: the questions' rows of the catalogue; all without it.
 
     Returns:
         On rank 0 one record per question: dataset, group, key, exact, loss (sum over the label
@@ -53,11 +55,11 @@ def ask(
     """
     mine: list[dict[str, Any]] = []
     silent = not (shown and sys.stderr.isatty())
-    questions = len(loader.catalogue)
-    starts = range(0, questions, CHUNK)
+    asked = range(len(loader.catalogue)) if rows is None else rows
+    starts = range(0, len(asked), CHUNK)
     for start in tqdm(starts, f"{shown}: questions", disable=silent, leave=False):
-        part = range(start, min(questions, start + CHUNK))
-        batches = [collate(samples) for samples in loader.read(part, ranks, module.data_rank)]
+        part = loader.read(asked[start : start + CHUNK], ranks, module.data_rank)
+        batches = [collate(samples) for samples in part]
         with RoutingRecorder(module.chunks, enabled=routing) as recorder:
             judgements = judge(module, batches)
         if module.answers:

@@ -1,8 +1,8 @@
 """The run directory: the truth about a run.
 
 ``runs/<name>/`` holds ``config.yaml`` (resolved), ``version.json``, ``metrics.jsonl``,
-``events.jsonl``, ``parameters.json``, ``checkpoints/``, ``evaluation/`` and, when the run is
-done, ``gives/``.
+``validation.jsonl``, ``events.jsonl``, ``parameters.json``, ``checkpoints/``, ``evaluation/`` and,
+when the run is done, ``gives/``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from typing import Any, TextIO
 from unimoe_mcore.config.errors import UserError
 
 PACKAGES = ("torch", "megatron-core", "transformers", "webdataset", "numpy")
+
+
+_BY_STEP = ("metrics.jsonl", "validation.jsonl")
+"""Files with a line for every step, or for some."""
 
 
 class RunDirectory:
@@ -110,7 +114,7 @@ class RunDirectory:
 
     def forget(self) -> None:
         """Remove what an earlier start under other settings left before its first checkpoint."""
-        left = ("tokenizer.json", "metrics.jsonl", "events.jsonl", "data.txt", "quarantine.jsonl")
+        left = ("tokenizer.json", "events.jsonl", "data.txt", "quarantine.jsonl", *_BY_STEP)
         for name in left:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "evaluation", ignore_errors=True)
@@ -118,6 +122,15 @@ class RunDirectory:
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         self._append("metrics.jsonl", record)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Append one line to ``validation.jsonl``."""
+        self._append("validation.jsonl", record)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The lines of ``validation.jsonl``."""
+        path = self.path / "validation.jsonl"
+        return read_lines(path) if path.is_file() else []
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to ``events.jsonl``: something that happens once, with its time."""
@@ -129,15 +142,15 @@ class RunDirectory:
             with (self.path / name).open("a", encoding="utf8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def forget_metrics_from(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run does again, and a half-written line."""
-        path = self.path / "metrics.jsonl"
-        if not self.writes or not path.is_file():
-            return
-        kept = [record for record in read_lines(path) if record["step"] <= step]
-        partial = path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf8")
-        partial.replace(path)
+    def forget_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run does again, and a half-written line."""
+        for path in (self.path / name for name in _BY_STEP):
+            if not self.writes or not path.is_file():
+                continue
+            kept = [record for record in read_lines(path) if record["step"] <= step]
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf8")
+            partial.replace(path)
 
     def write_version(self) -> None:
         """Record code version, packages and machine."""

@@ -97,7 +97,7 @@ class Metrics:
 
     def start(self, step: int) -> None:
         """Drop lines of steps that are done again; open the mirror."""
-        self.run.forget_metrics_from(step)
+        self.run.forget_after(step)
         if self.run.writes and self.recipe.logging.wandb != "disabled":
             self._mirror = _open_wandb(self.run, self.recipe)
 

@@ -105,16 +105,19 @@ def training_catalogue(recipe: Recipe, manifest: Manifest, tokenizer: TextTokeni
 
 
 def held_out_catalogue(
-    recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer
+    recipe: Recipe, manifest: Manifest, tokenizer: TextTokenizer, split: str, purpose: str
 ) -> Catalogue | None:
-    """The held-out questions of a run: text for a base, else all that its towers can take.
+    """The held-out questions of a split: text for a base, else all that the run's towers can take.
 
     None for a base where the split holds no text question.
+
+    Args:
+        purpose: ``evaluation`` or ``validation``: whose ``trainer.<purpose>.split`` it is.
 
     Raises:
         UserError: if the split holds no question for another stage.
     """
-    split, chosen = recipe.trainer.evaluation.split, recipe.data.evaluation_datasets
+    chosen = recipe.data.evaluation_datasets
     modalities = _modalities(recipe)
     wanted = [
         name
@@ -126,7 +129,8 @@ def held_out_catalogue(
     if not wanted:
         raise UserError(
             f"{manifest.folder} has no {split} questions for this stage: name some in "
-            f"data.evaluation_datasets, or choose another trainer.evaluation.split."
+            f"data.evaluation_datasets, or choose another trainer.{purpose}.split"
+            f"{' (or trainer.validation.every=0)' if purpose == 'validation' else ''}."
         )
     return split_catalogue(recipe, manifest, tokenizer, split, wanted)
 

@@ -32,6 +32,7 @@ from unimoe_mcore.checkpoints.giving import give
 from unimoe_mcore.checkpoints.saving import Saved, Saver
 from unimoe_mcore.checkpoints.sources import Sources, find_sources
 from unimoe_mcore.checkpoints.starting import Start, find_start
+from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.checkpoints.trained import checkpoint_pieces
 from unimoe_mcore.checkpoints.training import (
     CheckpointFolder,
@@ -50,6 +51,7 @@ from unimoe_mcore.config.parallel import (
 )
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import ask, write_records
+from unimoe_mcore.evaluation.summary import held_out_losses, summary, words
 from unimoe_mcore.model.memory import recipe_memory
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
@@ -72,6 +74,7 @@ from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.profile import Profile
 from unimoe_mcore.training.step import train_step
+from unimoe_mcore.training.validation import Validation, spread_rows
 
 QUESTIONS = "questions-"
 """How the names of notes begin that are left while held-out questions are read."""
@@ -89,7 +92,11 @@ class StageRun:
         decided_by_first_rank(self._forget_other_data)
         self.tokenizer = self._tokenizer()
         self.samples = training_catalogue(recipe, self.manifest, self.tokenizer)
-        self.questions = held_out_catalogue(recipe, self.manifest, self.tokenizer)
+        self.questions = self._held_out(recipe.trainer.evaluation.split, "evaluation")
+        validates = recipe.trainer.validation
+        self.validation_questions = (
+            self._held_out(validates.split, "validation") if validates.every else None
+        )
         self.costs = decided_by_first_rank(lambda: costs_of(recipe))
         self.precision = decided_by_first_rank(
             lambda: choose_precision(recipe.trainer.precision).value
@@ -122,6 +129,28 @@ class StageRun:
         known = decided_by_first_rank(self.quarantine.state)
         self.quarantine.restore(known)
         self.timeline = Timeline(self.samples.sources, phases(recipe, self.manifest))
+        self.validation = self._validation()
+        self._saving = 0
+
+    def _held_out(self, split: str, purpose: str) -> Catalogue | None:
+        return held_out_catalogue(self.recipe, self.manifest, self.tokenizer, split, purpose)
+
+    def _validation(self) -> Validation | None:
+        """What measures held-out losses, if the recipe asks for it and there are questions."""
+        questions, trainer = self.validation_questions, self.recipe.trainer
+        if questions is None:
+            return None
+        rows = spread_rows(questions, trainer.validation.most)
+        return Validation(
+            trainer.validation,
+            trainer.steps,
+            self.recipe.name,
+            self.directory,
+            self.checkpoints,
+            lambda: held_out_losses(self._ask(questions, rows=rows)),
+            self._save,
+            len(rows),
+        )
 
     def _start(self) -> Start | None:
         """What ``stage.init_from`` names; once there are checkpoints, they hold what trains."""
@@ -184,6 +213,7 @@ class StageRun:
             Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
             Profile(trainer.profile, self.directory.path / "profile"),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
+            *([self.validation] if self.validation else []),
             Checkpoints(
                 trainer.checkpoint_every,
                 trainer.steps,
@@ -196,6 +226,8 @@ class StageRun:
             feed = self.feed(pool)
             self._release_encoders(feed.loader.dealer, first)
             train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
+        if trainer.validation.give == "best":
+            self._take_best()
         if trainer.evaluation.after:
             self.evaluate("after")
         if not decided_by_first_rank(lambda: given(self.directory, trainer.steps)):
@@ -208,6 +240,27 @@ class StageRun:
                 self.tokenizer,
             )
             self.directory.event("done", step=trainer.steps)
+
+    def _take_best(self) -> None:
+        """Put the weights of the best checkpoint into the model.
+
+        Raises:
+            UserError: if it is not there, or damaged.
+        """
+
+        def find() -> Path:
+            best = self.checkpoints.best()
+            if best is None:
+                raise UserError(
+                    f"{self.checkpoints.folder} has no best checkpoint to give: set "
+                    f"trainer.validation.give=last."
+                )
+            ShardReader(best, verify=True)
+            return best
+
+        best = decided_by_first_rank(find)
+        load_checkpoint(best, self.module.chunks, self.module.optimizer)
+        self.directory.event("takes the best", step=read_state(best).step)
 
     def _forget_outdated(self) -> None:
         """Forget the answers of a run that was done and now goes on."""
@@ -314,12 +367,18 @@ class StageRun:
         return secrets.token_hex(4)
 
     def _save(self, step: int) -> None:
+        """Begin to save, unless this step's checkpoint is being saved already."""
+        if step == self._saving:
+            return
+        self._saving = step
         pieces = checkpoint_pieces(self.module.chunks, self.module.optimizer)
         self.saver.save(pieces, self._state(step))
 
     def _note(self, saved: Sequence[Saved]) -> None:
         """Record the checkpoints that have become visible."""
         for each in saved:
+            if self.validation is not None:
+                self.validation.saved(each.step)
             self.directory.event(
                 "saved",
                 step=each.step,
@@ -395,15 +454,25 @@ class StageRun:
             return
         routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
-        note = self.directory.notes / f"{QUESTIONS}{dist.get_rank()}"
-        with self.pool(self.questions, note) as pool:
-            loader = RowLoader(self.questions, pool, self.costs, self._left_out())
-            records = ask(self.module, loader, self.ranks, self._collate, routing, shown)
+        records = self._ask(self.questions, routing, shown)
         if self.first_rank:
             write_records(path, records)
             self.directory.event(f"evaluated {name}", **summary(records))
             exact = summary(records)["exact"]
-            print(f"{self.recipe.name}: {name} training, {_words(exact)}", flush=True)
+            print(f"{self.recipe.name}: {name} training, {words(exact)}", flush=True)
+
+    def _ask(
+        self,
+        questions: Catalogue,
+        routing: bool = False,
+        shown: str = "",
+        rows: Sequence[int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Held-out questions' answers, on rank 0 (``evaluation/questions.py``)."""
+        note = self.directory.notes / f"{QUESTIONS}{dist.get_rank()}"
+        with self.pool(questions, note) as pool:
+            loader = RowLoader(questions, pool, self.costs, self._left_out())
+            return ask(self.module, loader, self.ranks, self._collate, routing, shown, rows)
 
     def _left_out(self) -> Quarantine:
         """Held-out questions at which processes of an earlier start died."""
@@ -413,25 +482,3 @@ class StageRun:
 
     def _collate(self, samples: Sequence[Sample]) -> MicroBatch:
         return collate(samples, self.tokenizer.pad, self.recipe.data.pad_to)
-
-
-def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Share of exact answers per dataset, and loss per label token per group."""
-    exact: dict[str, list[bool]] = {}
-    losses: dict[str, list[tuple[float, int]]] = {}
-    for record in records:
-        exact.setdefault(record["dataset"], []).append(record["exact"])
-        losses.setdefault(record["group"], []).append((record["loss"], record["tokens"]))
-    return {
-        "exact": {name: sum(hits) / len(hits) for name, hits in exact.items()},
-        "loss": {
-            name: sum(loss for loss, _ in pairs) / max(1, sum(tokens for _, tokens in pairs))
-            for name, pairs in losses.items()
-        },
-    }
-
-
-def _words(exact: dict[str, float]) -> str:
-    mean = sum(exact.values()) / max(1, len(exact))
-    each = ", ".join(f"{name} {share:.2f}" for name, share in exact.items())
-    return f"held-out questions right: {each}; mean {mean:.3f}"
