@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -70,6 +72,7 @@ class TrainModule:
         self.config = self.chunks[0].config
         self.wrapped = [self._wrap(chunk, first=i == 0) for i, chunk in enumerate(self.chunks)]
         self.optimizer = build_optimizer(recipe, self.wrapped, dtype)
+        weakref.finalize(self, _let_go, self.wrapped, self.optimizer).atexit = False
         self.config.finalize_model_grads_func = partial(
             finalise_gradients, expert_tensor_group=groups.expt_tp
         )
@@ -137,3 +140,21 @@ class TrainModule:
             last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
             dist.broadcast(value, last, group=self.groups.pp)
         return value
+
+
+def _let_go(wrapped: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+    """Break the rings of wrapper, gradient accumulator, hook and wrapper.
+
+    They go through autograd's C++ nodes, where Python's collector does not follow: without this a
+    model that nothing uses any more stays in memory, with its process groups. The nodes are held
+    by a dispatcher's last probabilities as well, and by the distributed optimizer's stretches.
+    """
+    for each in wrapped:
+        each.grad_accs.clear()
+        for module in each.modules():
+            vars(getattr(module, "token_dispatcher", None) or _NOTHING).pop("probs", None)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        vars(part).clear()
+
+
+_NOTHING = SimpleNamespace()
