@@ -30,4 +30,4 @@ def compared(folder: str) -> dict[str, Any]:
     prepare_device()
     from tests.model.cases_transformer_engine import all_cases
 
-    return all_cases(Path(folder))
+    return all_cases(Path(folder), capabilities.transformer_flags(chosen))

@@ -300,10 +300,18 @@ def refused() -> dict[str, str]:
     return said
 
 
-def all_cases(folder: Path) -> dict[str, Any]:
-    """Every comparison, by name."""
+def all_cases(folder: Path, gpu: dict[str, Any]) -> dict[str, Any]:
+    """Every comparison, by name.
+
+    Args:
+        gpu: flags of a machine with a GPU.
+    """
     without_te.patch_torch_norm()  # of the local modules, under sequence parallelism
-    found: dict[str, Any] = {"attention in fp32": kinds_in_fp32()}
+    collection = groups.initialise(ParallelConfig())
+    found: dict[str, Any] = {"with a GPU's flags": {}}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(recipe(4), collection, {}, dtype, gpu, memory=False)
+        found["with a GPU's flags"][str(dtype)] = kinds(model)
     layers.FUSED_ATTENTION_TYPES += (torch.float32,)  # the stand-in's attention takes it
     found["beside"] = {case: beside(case, folder / str(i)) for i, case in enumerate(CASES)}
     found["refused"] = refused()
@@ -315,8 +323,3 @@ def all_cases(folder: Path) -> dict[str, Any]:
         for case in CASES
     }
     return found
-
-
-def kinds_in_fp32() -> dict[str, int]:
-    groups.initialise(ParallelConfig())
-    return kinds(built(TE, recipe()))

@@ -66,9 +66,16 @@ def test_layers_are_built_of_transformer_engine_s_modules(
 
 
 def test_in_fp32_attention_is_ours(results: dict[str, Any]) -> None:
-    kinds = results["attention in fp32"]
-    assert "PackedAttention" in kinds
-    assert "TEDotProductAttention" not in kinds
+    found = results["with a GPU's flags"]
+    for dtype, attention in (
+        ("torch.float32", "PackedAttention"),
+        ("torch.bfloat16", "TEDotProductAttention"),
+    ):
+        assert [kind for kind in found[dtype] if kind.endswith("Attention")] == [
+            "SelfAttention",
+            attention,
+        ]
+        assert found[dtype].keys() >= GROUPED
 
 
 @pytest.mark.parametrize("case", CASES)
