@@ -109,40 +109,61 @@ def test_a_laptop_uses_nothing_that_needs_a_gpu() -> None:
     }
 
 
-def test_a_cluster_uses_what_megatrons_own_modules_can_use() -> None:
+def test_a_cluster_uses_the_layers_of_transformer_engine() -> None:
     chosen = capabilities.choose(CLUSTER)
     assert values(chosen) == {
         "cuda": True,
-        "transformer_engine": False,
+        "transformer_engine": True,
         "adam": "transformer_engine",
-        "attention": "packed",
-        "grouped_gemm": False,
+        "attention": "transformer_engine",
+        "grouped_gemm": True,
         "dispatcher": "alltoall",
         "permute_fusion": False,
         "rope_fusion": False,
         "weight_gradient_fusion": True,
         "compiled_fusions": True,
     }
-    for choice in (chosen.transformer_engine, chosen.grouped_gemm, chosen.rope_fusion):
-        assert "2.20.2 is installed, but layers are built of Megatron's own" in choice.reason
+    assert "modules of Transformer Engine 2.20.2" in chosen.transformer_engine.reason
 
 
 @pytest.mark.parametrize(
-    ("machine", "patched"),
+    ("machine", "why"),
     [
-        (LAPTOP, True),
-        (CLUSTER, False),
-        (dataclasses.replace(CLUSTER, transformer_engine=NO), False),
-        (dataclasses.replace(CLUSTER, transformer_engine=NO, apex=NO), True),
-        (dataclasses.replace(CLUSTER, cuda=NO), True),
+        (LAPTOP, "Transformer Engine: not installed"),
+        (dataclasses.replace(CLUSTER, transformer_engine=NO), "Transformer Engine: not installed"),
+        (dataclasses.replace(CLUSTER, cuda=NO), "2.20.2 is installed, but needs CUDA"),
     ],
 )
-def test_megatrons_own_modules_are_mended_whatever_is_installed(
-    machine: Machine, patched: bool, monkeypatch: pytest.MonkeyPatch
+def test_without_transformer_engine_or_cuda_layers_are_megatrons_own(
+    machine: Machine, why: str
+) -> None:
+    chosen = capabilities.choose(machine)
+    assert (chosen.transformer_engine.value, chosen.attention.value) == (False, "packed")
+    for choice in (chosen.transformer_engine, chosen.grouped_gemm):
+        assert not choice.value
+        assert why in choice.reason
+
+
+NORMS, ADAM = {"patch_torch_norm", "patch_hybrid_final_norm"}, {"patch_adam"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "mended"),
+    [
+        (LAPTOP, NORMS | ADAM),
+        (CLUSTER, set()),
+        (dataclasses.replace(CLUSTER, transformer_engine=NO), NORMS),
+        (dataclasses.replace(CLUSTER, transformer_engine=NO, apex=NO), NORMS | ADAM),
+        (dataclasses.replace(CLUSTER, cuda=NO), NORMS | ADAM),
+    ],
+)
+def test_what_megatron_lacks_here_is_mended(
+    machine: Machine, mended: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
     noted = {p: functools.partial(done.append, p.__name__) for p in without_te.PATCHES}
-    monkeypatch.setattr(without_te, "patch_adam", noted[without_te.patch_adam])
+    for patch, note in noted.items():
+        monkeypatch.setattr(without_te, patch.__name__, note)
     monkeypatch.setattr(without_te, "PATCHES", tuple(noted.values()))
     monkeypatch.setattr(without_te, "_installed", False)
     monkeypatch.setattr(devices, "_prepared", False)
@@ -152,8 +173,7 @@ def test_megatrons_own_modules_are_mended_whatever_is_installed(
     monkeypatch.setattr(cpu, "install", lambda: None)
     monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
     devices.prepare_device()
-    wanted = {"patch_torch_norm", "patch_hybrid_final_norm", "patch_thd_rope"}
-    assert set(done) == wanted | ({"patch_adam"} if patched else set())
+    assert set(done) == {"patch_thd_rope"} | mended
 
 
 def test_packages_without_a_device_are_not_used() -> None:
@@ -200,6 +220,8 @@ def test_flags_follow_the_choices() -> None:
     cluster = transformer_flags(capabilities.choose(CLUSTER))
     changed = {name for name in laptop if laptop[name] != cluster[name]}
     assert changed == {
+        "transformer_impl",
+        "moe_grouped_gemm",
         "gradient_accumulation_fusion",
         "bias_activation_fusion",
         "bias_dropout_fusion",

@@ -16,7 +16,7 @@ from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.training import load_checkpoint
 from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model import language
-from unimoe_mcore.model.lora import LoRAColumnLinear, LoRARowLinear
+from unimoe_mcore.model.lora import Adapted
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
 from unimoe_mcore.training.module import TrainModule
@@ -115,8 +115,8 @@ def _tensor(folder: str) -> dict[str, Any]:
 def _adapters_alike(module: TrainModule) -> bool:
     """Whether experts' adapters, whole on every rank, have the same values and the same marks."""
     values, marked = [], True
-    for layer in module.chunks[0].modules():
-        if isinstance(layer, LoRAColumnLinear | LoRARowLinear) and layer.is_expert:
+    for name, layer in module.chunks[0].named_modules():
+        if isinstance(layer, Adapted) and ".experts." in name:
             for half in (layer.lora_a.weight, layer.lora_b.weight):
                 values.append(half.detach().flatten())
                 marked &= half.allreduce == layer.weight.allreduce

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from unimoe_mcore.checkpoints.artefact import TOKENIZER, Manifest, publish, seal
@@ -82,7 +82,10 @@ def _given(chunk: UniMoEModel, recipe: Recipe) -> Iterator[ShardedTensor]:
     state = chunk.sharded_state_dict()
     merged = _merged(state, chunk) if _merges(recipe) else {}
     for name, entry in {**state, **merged}.items():
-        if not hasattr(entry, "key") or (merged and ".lora_" in name):
+        # What is no tensor: the state that Transformer Engine's modules keep for 8-bit formats.
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            continue
+        if merged and ".lora_" in name:
             continue
         if name in merged or _belongs(name, entry.key, recipe):
             yield from sharded_tensors({name: entry})

@@ -46,11 +46,12 @@ def build_model(
     Args:
         markers: token id of each modality's marker.
         dtype: of weights and activations.
-        kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+        kernels: whose modules, and fusion flags (``unimoe_mcore.runtime.capabilities``).
         vp_stage: virtual pipeline stage, or None.
         memory: without, the language model stays on the meta device: shapes only.
     """
     experts, parallel = expert_count(recipe), recipe.parallel
+    adapted = recipe.stage.lora.targets
     config = transformer_config(
         recipe.model.language,
         recipe.model.moe,
@@ -60,6 +61,7 @@ def build_model(
         kernels,
         shared=bool(recipe.stage.shared_expert),
         recompute=recipe.trainer.recompute,
+        adapted=adapted,
     )
     virtual = vp_stage or 0
     first = groups.pp.rank() == 0 and virtual == 0
@@ -74,6 +76,7 @@ def build_model(
         post_process=groups.pp.rank() == groups.pp.size() - 1
         and virtual == parallel.virtual_pipeline - 1,
         vp_stage=vp_stage,
+        adapted=adapted,
     )
     towers = _towers(recipe, groups) if first and recipe.stage.kind != "base" else {}
     with WithoutMemory():
@@ -86,7 +89,7 @@ def build_model(
             groups,
         )
         _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
-        if recipe.stage.lora.targets:
+        if adapted:
             add_lora(model.language_model, recipe.stage.lora)
     if not memory:
         return model

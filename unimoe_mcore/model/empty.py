@@ -18,17 +18,19 @@ class WithoutMemory(TorchFunctionMode):
     """While it is entered, ``torch.empty`` allocates on the meta device whatever it is told.
 
     All of Megatron's and PyTorch's layers allocate their weights by ``torch.empty`` and fill them
-    afterwards, which is nothing on the meta device. Values that are computed (the frequencies of
-    the rotary positions, counters of a router) come from other functions and stay real.
+    afterwards, which is nothing on the meta device. Transformer Engine's give a weight without
+    memory some by ``torch.empty_like`` before they fill it and mark it (``reset_parameters`` in
+    ``module/base.py``): the same goes for that. Values that are computed (the frequencies of the
+    rotary positions, counters of a router) come from other functions and stay real.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call ``func``, with another device if it is ``torch.empty``."""
+        """Call ``func``, with another device if it is one of the two."""
         keywords = dict(kwargs or {})
         # By name: on a machine without CUDA the function in ``torch`` is a wrapper of this one.
-        if getattr(func, "__name__", "") == "empty":
+        if getattr(func, "__name__", "") in ("empty", "empty_like"):
             keywords["device"] = torch.device("meta")
         return func(*args, **keywords)
 

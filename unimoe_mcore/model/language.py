@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
 
 from unimoe_mcore.config.model import LanguageConfig, MoEConfig, layer_pattern
 from unimoe_mcore.config.parallel import ParallelConfig
-from unimoe_mcore.model.attention import PackedAttention
-from unimoe_mcore.model.router import BalancedRouter
+from unimoe_mcore.model.layers import groups_experts, stack_spec
 from unimoe_mcore.runtime.groups import layout_flags
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -54,6 +38,7 @@ def transformer_config(
     kernels: dict[str, Any],
     shared: bool = False,
     recompute: str = "none",
+    adapted: Collection[str] = (),
 ) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
@@ -61,8 +46,9 @@ def transformer_config(
         experts: experts per MoE block; 0 for a dense model.
         shared: whether blocks with experts also have an MLP that every token passes.
         dtype: of weights and activations.
-        kernels: fusion flags (``unimoe_mcore.runtime.capabilities``).
+        kernels: whose modules, and fusion flags (``unimoe_mcore.runtime.capabilities``).
         recompute: ``none``, ``selective`` or ``full``.
+        adapted: what will get adapters (``unimoe_mcore.model.layers``).
     """
     sparse: dict[str, Any] = {}
     if experts:
@@ -107,54 +93,7 @@ def transformer_config(
         **layout_flags(parallel),
         **_RECOMPUTE[recompute],
         **sparse,
-        **kernels,
-    )
-
-
-def stack_spec(experts: int, moe: MoEConfig) -> ModuleSpec:
-    """HybridModel's layers, built from Megatron's own modules that need no Transformer Engine."""
-    norm, residual = WrappedTorchNorm, get_bias_dropout_add
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-        ),
-    )
-    dense = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
-    layers: dict[str, Any] = {
-        "attention_layer": ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=norm, self_attention=attention, self_attn_bda=residual
-            ),
-        ),
-        "mlp_layer": ModuleSpec(
-            module=MLPLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm, mlp=dense, mlp_bda=residual
-            ),
-        ),
-    }
-    if experts:
-        spec: Any = get_moe_module_spec(use_te=False, num_experts=experts, moe_grouped_gemm=False)
-        parts = replace(spec.keywords["submodules"], router=partial(BalancedRouter, moe=moe))
-        layers["moe_layer"] = ModuleSpec(
-            module=MoETransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=norm,
-                mlp=partial(spec.func, submodules=parts),
-                mlp_bda=residual,
-            ),
-        )
-    return ModuleSpec(
-        module=hybrid_block.HybridStack,
-        submodules=hybrid_block.HybridStackSubmodules(**layers),
+        **{**kernels, "moe_grouped_gemm": groups_experts(kernels, adapted)},
     )
 
 
@@ -182,13 +121,14 @@ def language_spec(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    adapted: Collection[str] = (),
 ) -> ModuleSpec:
     """HybridModel with its arguments, ready for ``MimoModelConfig``."""
     return ModuleSpec(
         module=HybridModel,
         params={
             "config": config,
-            "hybrid_stack_spec": stack_spec(experts, moe),
+            "hybrid_stack_spec": stack_spec(config, moe, adapted),
             "vocab_size": language.vocabulary,
             "max_sequence_length": language.max_tokens,
             "hybrid_layer_pattern": pipeline_pattern(

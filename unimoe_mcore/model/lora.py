@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import (
@@ -24,6 +26,7 @@ EXPERT_PARTIAL = "expert_tensor_partial"
 """Mark of parameters whose gradient must be summed over the ranks that share an expert's matrices
 (``unimoe_mcore.training.gradients``)."""
 
+_COLUMN = ("linear_qkv", "linear_fc1")
 _LINEARS = {
     "attention": ("linear_qkv", "linear_proj"),
     "mlp": ("linear_fc1", "linear_fc2"),
@@ -31,29 +34,50 @@ _LINEARS = {
 }
 
 
-def _sharded(layer: Any, prefix: str, offsets: Any, metadata: Any, axes: dict[str, int]) -> Any:
-    metadata = ensure_metadata_has_dp_cp_group(metadata)
-    state = {
-        name: tensor
-        for name, tensor in layer.state_dict(prefix="", keep_vars=True).items()
-        if "_extra_state" not in name
-    }
-    return make_sharded_tensors_for_checkpoint(
-        state,
-        prefix,
-        axes,
-        offsets,
-        tp_group=layer.tp_group,
-        dp_cp_group=metadata["dp_cp_group"],
-    )
+def tensor_group(layer: Any) -> dist.ProcessGroup:
+    """The ranks that share a parallel linear layer's matrix.
+
+    Megatron's modules on Transformer Engine keep it under another name: their ``tp_group`` is what
+    Transformer Engine communicates over itself, which in an expert is nothing.
+    """
+    group: dist.ProcessGroup = layer._tp_group if hasattr(layer, "_tp_group") else layer.tp_group
+    return group
 
 
-class LoRAColumnLinear(ColumnParallelLinear):
+class Adapted(nn.Module):
+    """Mixed into a parallel linear layer, local or Transformer Engine's, when it gets an adapter.
+
+    Attributes:
+        lora_a: the half on the side of the inputs, ``[rank, in]``.
+        lora_b: the half on the side of the outputs, ``[out, rank]``.
+        lora_scale: what their product is multiplied by.
+    """
+
+    lora_a: nn.Linear | RowParallelLinear
+    lora_b: nn.Linear | ColumnParallelLinear
+    lora_scale: float
+    weight: Tensor
+
+    def _sharded(self, prefix: str, offsets: Any, metadata: Any, axes: dict[str, int]) -> Any:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = {
+            name: tensor
+            for name, tensor in self.state_dict(prefix="", keep_vars=True).items()
+            if "_extra_state" not in name
+        }
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            axes,
+            offsets,
+            tp_group=tensor_group(self),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class AdaptedColumn(Adapted):
     """A column-parallel linear with an adapter: ``A`` is replicated, ``B`` sharded like ``W``."""
 
-    lora_a: nn.Linear
-    lora_b: ColumnParallelLinear
-    lora_scale: float
     gated: bool
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -70,25 +94,21 @@ class LoRAColumnLinear(ColumnParallelLinear):
         the way to disk so that another tensor-parallel size can read it; ``B`` needs the same.
         """
         axes = {"weight": 0, "lora_b.weight": 0}
-        state = _sharded(self, prefix, sharded_offsets, metadata, axes)
+        state: dict[str, Any] = self._sharded(prefix, sharded_offsets, metadata, axes)
         if self.gated:
             name = f"{prefix}lora_b.weight"
             metadata = ensure_metadata_has_dp_cp_group(metadata)
             state[name] = apply_swiglu_sharded_factory(
                 state[name],
                 sharded_offsets,
-                tp_group=self.tp_group,
+                tp_group=tensor_group(self),
                 dp_group=metadata["dp_cp_group"],
             )
         return state
 
 
-class LoRARowLinear(RowParallelLinear):
+class AdaptedRow(Adapted):
     """A row-parallel linear with an adapter: ``A`` is sharded like ``W``, ``B`` replicated."""
-
-    lora_a: RowParallelLinear
-    lora_b: nn.Linear
-    lora_scale: float
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """``[..., in / TP]`` to ``[..., out]``, and the bias that was not added."""
@@ -100,16 +120,21 @@ class LoRARowLinear(RowParallelLinear):
     ) -> dict[str, Any]:
         """The frozen weight under its own name, and the adapter's halves."""
         axes = {"weight": 1, "lora_a.weight": 1}
-        return _sharded(self, prefix, sharded_offsets, metadata, axes)
+        state: dict[str, Any] = self._sharded(prefix, sharded_offsets, metadata, axes)
+        return state
+
+
+@cache
+def _adapted(adapter: Any, layer: Any) -> type[Adapted]:
+    """The class of a layer with an adapter mixed in: ``layer`` is its class without."""
+    return type(f"Adapted{layer.__name__}", (adapter, layer), {})
 
 
 def targeted_linears(
     language_model: nn.Module, targets: list[str]
-) -> Iterator[tuple[str, ColumnParallelLinear | RowParallelLinear]]:
+) -> Iterator[tuple[str, nn.Module]]:
     """Names and layers that the targets mean: attention, dense MLPs, experts."""
     for name, layer in language_model.named_modules():
-        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            continue
         last = name.rsplit(".", 1)[-1]
         kind = "experts" if ".experts." in name else "mlp" if ".mlp." in name else "attention"
         if kind in targets and last in _LINEARS[kind]:
@@ -124,49 +149,55 @@ def add_lora(language_model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Returns:
         Names of the adapted layers.
+
+    Raises:
+        TypeError: if a layer is fused with its norm or with other experts: the model was built
+            without saying what gets adapters (``unimoe_mcore.model.layers``).
     """
     adapted = []
     for name, layer in list(targeted_linears(language_model, config.targets)):
-        _adapt(layer, config)
-        if isinstance(layer, LoRAColumnLinear):
-            layer.gated = name.endswith("linear_fc1") and layer.config.gated_linear_unit
+        if not isinstance(getattr(layer, "weight", None), Tensor) or hasattr(
+            layer, "layer_norm_weight"
+        ):
+            raise TypeError(f"{name} is fused with others and cannot have an adapter")
+        _adapt(name, layer, config)
         adapted.append(name)
     return adapted
 
 
-def _adapt(layer: ColumnParallelLinear | RowParallelLinear, config: LoRAConfig) -> None:
+def _adapt(name: str, layer: Any, config: LoRAConfig) -> None:
+    group, is_expert = tensor_group(layer), ".experts." in name
     dtype, device = layer.weight.dtype, layer.weight.device
+    # The halves are local modules whatever the layer is: they are small.
     parallel: dict[str, Any] = {
         "config": layer.config,
         "init_method": nn.init.zeros_,
         "bias": False,
         "skip_bias_add": True,
-        "is_expert": layer.is_expert,
-        "tp_group": layer.tp_group,
+        "is_expert": is_expert,
+        "tp_group": group,
     }
-    if isinstance(layer, ColumnParallelLinear):
-        replicated = nn.Linear(
-            layer.input_size, config.rank, bias=False, dtype=dtype, device=device
-        )
+    outputs, inputs = layer.weight.shape
+    if name.endswith(_COLUMN):
+        replicated = nn.Linear(inputs, config.rank, bias=False, dtype=dtype, device=device)
         sharded: nn.Module = ColumnParallelLinear(
-            config.rank, layer.output_size, gather_output=False, **parallel
+            config.rank, outputs * group.size(), gather_output=False, **parallel
         )
         layer.lora_a, layer.lora_b = replicated, sharded
-        layer.__class__ = LoRAColumnLinear
+        layer.gated = name.endswith("linear_fc1") and layer.config.gated_linear_unit
+        layer.__class__ = _adapted(AdaptedColumn, layer.__class__)
     else:
         sharded = RowParallelLinear(
-            layer.input_size, config.rank, input_is_parallel=True, **parallel
+            inputs * group.size(), config.rank, input_is_parallel=True, **parallel
         )
-        replicated = nn.Linear(
-            config.rank, layer.output_size, bias=False, dtype=dtype, device=device
-        )
+        replicated = nn.Linear(config.rank, outputs, bias=False, dtype=dtype, device=device)
         layer.lora_a, layer.lora_b = sharded, replicated
-        layer.__class__ = LoRARowLinear
+        layer.__class__ = _adapted(AdaptedRow, layer.__class__)
     layer.lora_scale = config.alpha / config.rank
-    _mark(replicated.weight, layer)
+    _mark(replicated.weight, layer, is_expert)
 
 
-def _mark(replicated: Tensor, layer: ColumnParallelLinear | RowParallelLinear) -> None:
+def _mark(replicated: Tensor, layer: Any, is_expert: bool) -> None:
     """Say how the gradient of an adapter's replicated half is made whole.
 
     It is an ordinary ``nn.Linear``. Outside of experts every tensor rank sees a part of the
@@ -175,11 +206,11 @@ def _mark(replicated: Tensor, layer: ColumnParallelLinear | RowParallelLinear) -
     them: the gradient is a part of a sum over these ranks. ``allreduce`` names the group of
     replicas, which must be the frozen weight's.
     """
-    if not layer.is_expert:
+    if not is_expert:
         replicated.sequence_parallel = layer.config.sequence_parallel  # type: ignore[attr-defined]
         return
     replicated.allreduce = layer.weight.allreduce  # type: ignore[attr-defined]
-    setattr(replicated, EXPERT_PARTIAL, layer.tp_group.size() > 1)
+    setattr(replicated, EXPERT_PARTIAL, tensor_group(layer).size() > 1)
 
 
 def lora_initial(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -204,7 +235,7 @@ def merge_lora(language_model: nn.Module) -> dict[str, Tensor]:
     """
     merged = {}
     for name, layer in language_model.named_modules():
-        if isinstance(layer, LoRAColumnLinear | LoRARowLinear):
+        if isinstance(layer, Adapted):
             a, b = layer.lora_a.weight.float(), layer.lora_b.weight.float()
             weight = layer.weight.float() + layer.lora_scale * (b @ a)
             merged[name] = weight.to(layer.weight.dtype).detach()

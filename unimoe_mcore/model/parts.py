@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from unimoe_mcore.config.stage import StageConfig, trains
+from unimoe_mcore.model.names import canonical
 
 _LANGUAGE = {
     "embeddings": r"\.(embedding|output_layer)\.",
@@ -29,8 +30,9 @@ def part_of(parameter: str) -> str:
     tower = re.match(r"(?:module\.)*modality_submodules\.([^.]+)\.(encoders\.)?", parameter)
     if tower:
         return f"{'encoder' if tower[2] else 'connector'}.{tower[1]}"
+    name = canonical(parameter)
     for part, pattern in _LANGUAGE.items():
-        if re.search(pattern, parameter):
+        if re.search(pattern, name):
             return part
     raise KeyError(f"no part claims the parameter {parameter}")
 

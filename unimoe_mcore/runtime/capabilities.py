@@ -54,10 +54,13 @@ class Capabilities:
 
     Attributes:
         cuda: whether there is a CUDA device.
-        transformer_engine: whether layers are built of Transformer Engine's modules.
+        transformer_engine: whether layers are built of Transformer Engine's modules
+            (``unimoe_mcore.model.layers``).
         adam: ``transformer_engine``, ``apex`` or ``torch`` (``runtime.adam``).
-        attention: ``packed``, the project's own.
-        grouped_gemm: the experts of a rank in one grouped matrix product.
+        attention: ``transformer_engine`` (in 16 bit; ``packed`` in fp32) or ``packed``, the
+            project's own.
+        grouped_gemm: the experts of a rank in one grouped matrix product, unless they have
+            adapters.
         dispatcher: ``alltoall``, how tokens travel to their experts.
         permute_fusion: tokens sorted by expert in one kernel.
         rope_fusion: rotary embedding in one kernel.
@@ -149,19 +152,26 @@ def probe_apex() -> Choice[bool]:
 def choose(machine: Machine) -> Capabilities:
     """Decide on every kernel from what is installed.
 
-    The layers are built of Megatron's local modules on every machine (``model/language.py``), so
-    nothing that is part of Transformer Engine's layers is ever chosen.
+    Layers are built of Transformer Engine's modules where it and a CUDA device are there, and of
+    Megatron's local modules elsewhere.
     """
-    without = Choice(False, _why_no_te_layers(machine.transformer_engine))
+    layers = _choose_layers(machine)
+    # Their results were never compared with those of Megatron's plain forms.
+    plain = Choice(False, "Megatron's plain form; Transformer Engine's was never compared with it")
     return Capabilities(
         cuda=machine.cuda,
-        transformer_engine=without,
+        transformer_engine=layers,
         adam=_choose_adam(machine),
-        attention=Choice("packed", "our own packed attention (unimoe_mcore/model/attention.py)"),
-        grouped_gemm=without,
+        attention=_choose_attention(layers.value),
+        grouped_gemm=Choice(
+            layers.value,
+            "GroupedLinear of Transformer Engine; experts with adapters run one after another"
+            if layers.value
+            else f"experts run one after another: {layers.reason}",
+        ),
         dispatcher=Choice("alltoall", "Megatron's own, on any device"),
-        permute_fusion=without,
-        rope_fusion=without,
+        permute_fusion=plain,
+        rope_fusion=plain,
         weight_gradient_fusion=_with_cuda(machine, machine.wgrad),
         compiled_fusions=Choice(
             machine.cuda.value,
@@ -173,9 +183,10 @@ def choose(machine: Machine) -> Capabilities:
 
 
 def transformer_flags(capabilities: Capabilities) -> dict[str, Any]:
-    """The fields of Megatron's ``TransformerConfig`` that say which kernels are used."""
-    compiled = capabilities.compiled_fusions.value
+    """The fields of Megatron's ``TransformerConfig`` that say whose modules and which kernels."""
+    compiled, layers = capabilities.compiled_fusions.value, capabilities.transformer_engine.value
     return {
+        "transformer_impl": "transformer_engine" if layers else "local",
         # On the CPU too: Megatron's own CPU initialisation gives every expert-parallel rank the
         # same expert weights.
         "use_cpu_initialization": False,
@@ -195,11 +206,21 @@ def transformer_flags(capabilities: Capabilities) -> dict[str, Any]:
     }
 
 
-def _why_no_te_layers(te: Choice[bool]) -> str:
-    ours = "layers are built of Megatron's own modules"
-    if te.value:
-        return f"Transformer Engine {te.reason} is installed, but {ours} so far"
-    return f"{ours}; Transformer Engine: {te.reason}"
+def _choose_layers(machine: Machine) -> Choice[bool]:
+    te, ours = machine.transformer_engine, "layers are built of Megatron's own modules"
+    if te.value and machine.cuda.value:
+        return Choice(True, f"layers are built of the modules of Transformer Engine {te.reason}")
+    why = f"{te.reason} is installed, but needs CUDA" if te.value else te.reason
+    return Choice(False, f"{ours}; Transformer Engine: {why}")
+
+
+def _choose_attention(layers: bool) -> Choice[str]:
+    ours = "our own packed attention (unimoe_mcore/model/attention.py)"
+    if layers:
+        return Choice(
+            "transformer_engine", f"DotProductAttention on packed rows (thd); in fp32 {ours}"
+        )
+    return Choice("packed", ours)
 
 
 def _choose_adam(machine: Machine) -> Choice[str]:

@@ -20,7 +20,7 @@ def prepare_device() -> None:
 
     With a CUDA device: make the one of this local rank current. Without: lend Megatron the names
     it needs (``runtime.cpu``) and use one thread, or as many as ``OMP_NUM_THREADS`` says. On both:
-    what Megatron's own modules lack (``runtime.without_te``). A second call does nothing. An entry
+    what Megatron lacks there (``runtime.without_te``). A second call does nothing. An entry
     point calls it at module level: the checkpoint worker is a spawned process that imports the
     entry point's module, and needs it as well.
 
@@ -42,8 +42,9 @@ def prepare_device() -> None:
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         cpu.install()
-    # On every machine: the layers are Megatron's own modules also where Transformer Engine is.
-    without_te.install(keep_adam=found.adam.value != "torch")
+    without_te.install(
+        keep_norms=found.transformer_engine.value, keep_adam=found.adam.value != "torch"
+    )
     _prepared = True
 
 

@@ -1,8 +1,9 @@
-"""What Megatron-Core 0.19.2 lacks without Transformer Engine's layers, on any device.
+"""What Megatron-Core 0.19.2 lacks without Transformer Engine, on any device.
 
 Same rules as ``runtime.cpu``: one function per reason, with the line of Megatron that needs it.
-``runtime.devices.prepare_device`` applies them on every machine, whatever is installed: the model
-is built of Megatron's own modules also where Transformer Engine is.
+``runtime.devices.prepare_device`` applies them on every machine, but for those whose reason is
+gone: of the norms where layers are built of Transformer Engine's modules, of Adam where a fused one
+is installed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ def patch_hybrid_final_norm() -> None:
     """Give ``HybridModel`` a final norm.
 
     ``hybrid_block.py:215`` names Transformer Engine's ``TENorm`` instead of asking the layer spec.
-    Without: ``ImportError: Transformer Engine is not installed``; where it is installed, a norm of
-    another kind than all others of the model.
+    Without: ``ImportError: Transformer Engine is not installed``.
     """
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -73,7 +73,7 @@ def patch_adam() -> None:
 
 
 def patch_thd_rope() -> None:
-    """Rotate a packed batch in one go instead of sequence by sequence.
+    """Rotate a packed batch in one go instead of sequence by sequence (with any layers).
 
     ``rope_utils.py:261`` loops over the sequences in Python, in every attention layer for queries
     and keys. Without: right, and slow where a pack holds many short sequences
@@ -121,17 +121,19 @@ PATCHES: tuple[Callable[[], None], ...] = (
 """All patches, in the order in which they are applied."""
 
 
-def install(keep_adam: bool = False) -> None:
+def install(keep_norms: bool = False, keep_adam: bool = False) -> None:
     """Apply every patch, once; a second call does nothing.
 
     Args:
+        keep_norms: leave the norms as they are (layers are built of Transformer Engine's modules).
         keep_adam: leave the optimizer as it is (a ``FusedAdam`` of Transformer Engine or Apex is
             there and usable).
     """
     global _installed
     if _installed:
         return
+    norms = (patch_torch_norm, patch_hybrid_final_norm)
     for patch in PATCHES:
-        if not (keep_adam and patch is patch_adam):
+        if not (keep_norms and patch in norms) and not (keep_adam and patch is patch_adam):
             patch()
     _installed = True

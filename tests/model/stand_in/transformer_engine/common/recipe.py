@@ -1,0 +1,2 @@
+class DelayedScaling:
+    """Named as a base class by Megatron; 8-bit formats are not used here."""
