@@ -62,7 +62,9 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention needs packed_seq_params.")
         row = _row_of(packed_seq_params, len(query))
         mixed = F.scaled_dot_product_attention(
-            *(row.spread(x) for x in (query, key, value)),
+            row.spread(query),
+            row.spread(key),
+            row.spread(value),
             # Enough: what lies behind a sequence's end is after all of its tokens.
             is_causal=True,
             scale=self.scale,
@@ -108,7 +110,7 @@ def _row_of(packed: PackedSeqParams, tokens: int) -> _Row:
         if tokens != sequences * longest:
             place = _places(packed.cu_seqlens_q.long(), longest, tokens)
         row = _Row(sequences, longest, place)
-        packed.unimoe_row = row  # type: ignore[attr-defined]
+        packed.unimoe_row = row
     return row
 
 

@@ -1,8 +1,8 @@
 """Megatron's router with losses that are means over the global batch.
 
 Megatron scales its own losses as if every token were a label and ranks held equally many, and its
-global form is a running mean over micro-batches (router.py:526-633 of 0.19.2). A step's loss is divided
-by the label tokens of the global batch before its gradients are computed
+global form is a running mean over micro-batches (router.py:526-633 of 0.19.2). A step's loss is
+divided by the label tokens of the global batch before its gradients are computed
 (``unimoe_mcore.training.step``): a loss over all its tokens is attached as it is.
 """
 

@@ -109,9 +109,7 @@ def _forward_backward(
     return module.from_last_stage(sums)
 
 
-def _forward(
-    label_tokens: int, iterator: Iterator[MicroBatch], model: Any
-) -> tuple[Tensor, Any]:
+def _forward(label_tokens: int, iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     batch = next(iterator).to(device())
     return model(batch), partial(_loss, batch, label_tokens)
 
