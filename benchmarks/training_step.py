@@ -205,11 +205,8 @@ def language(size: Size, rows: list[str], said: list[str]) -> None:
                 f"here: {_told(choice['tried'])}.")  # fmt: skip
 
 
-def _told(tried: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {1e3 * found:.0f} ms" if isinstance(found, float) else f"{name} fails ({found})"
-        for name, found in tried.items()
-    )
+def _told(tried: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in tried.items())
 
 
 def mixed(samples: int, rounds: int, rows: list[str], said: list[str]) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -68,10 +69,15 @@ def run_distributed(
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on at this moment.
+
+    Below those that the system gives to connections: the many of gloo would take it before it is
+    listened on.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randint(20000, 32000)))
+            return int(probe.getsockname()[1])
 
 
 def _start(folder: Path, rank: int, processes: int, port: int) -> subprocess.Popen[bytes]:

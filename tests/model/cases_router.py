@@ -135,7 +135,7 @@ def bias() -> dict[str, Any]:
     """Biases after two steps, ours and by Megatron's own function; padding in no load."""
     hidden, mask = inputs()
     made = router(balance="bias", score="sigmoid", bias_rate=0.07)
-    made.step = RouterStep(0.0, 0.0, 1, TOKENS, 1, 1, record=False)
+    made.step = RouterStep(0.0, 0.0, TOKENS, 1, 1, record=False)
     theirs = torch.zeros(EXPERTS)
     group = ProcessGroupCollection.use_mpu_process_groups().tp_dp_cp
     same = []

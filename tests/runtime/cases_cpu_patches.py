@@ -48,6 +48,9 @@ def ablate() -> dict[str, dict[str, Any]]:
         (without_te.patch_hybrid_final_norm, hybrid_stack),
         (without_te.patch_adam, optimizer_state_before_a_step),
         (without_te.patch_thd_rope, packed_rotations),
+        (without_te.patch_weight_gradients, weight_gradient_in_its_buffer),
+        (without_te.patch_multi_tensor, clipped_gradients),
+        (without_te.patch_chunk_order, tokens_in_order),
     ]
     for patch, action in cases:
         without = attempt(action)
@@ -298,6 +301,59 @@ def packed_rotations(sequences: int = 50) -> dict[str, Any]:
         torch.autograd.grad((rotated * weights).sum(), tokens)
     milliseconds = (time.perf_counter() - start) / 20 * 1e3
     return {"calls": calls, "digests": digests, "milliseconds": milliseconds}
+
+
+def weight_gradient_in_its_buffer() -> dict[str, Any]:
+    """``layers.py:1070``: two products added to a buffer, and a layer that has none."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    layer = ColumnParallelLinear(
+        2,
+        3,
+        config=small_config(gradient_accumulation_fusion=True),
+        init_method=torch.nn.init.ones_,
+        bias=False,
+        tp_group=lonely_group(),
+    )
+    inputs = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    layer(inputs)[0].sum().backward()
+    assert layer.weight.grad is not None
+    alone, layer.weight.grad = layer.weight.grad.tolist(), None
+    layer.weight.main_grad = torch.full((3, 2), 10.0)
+    for _ in range(2):
+        layer(inputs)[0].sum().backward()
+    buffer = layer.weight.main_grad.tolist()
+    return {"alone": alone, "buffer": buffer, "grad": layer.weight.grad}
+
+
+def clipped_gradients() -> dict[str, Any]:
+    """``clip_grads.py:44``: norm, clipped gradients, and how many values the host waits for."""
+    from megatron.core.optimizer import clip_grads
+
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(8)]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.tensor([3.0, 4.0]) if number < 4 else torch.zeros(2)
+    gradients = [parameter.grad for parameter in parameters]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        norm = clip_grads.get_grad_norm_fp32(gradients, grad_stats_parallel_group=lonely_group())
+        clip_grads.clip_grad_by_total_norm_fp32(parameters, 5.0, norm)
+    waits = sum(event.count for event in seen.key_averages() if event.key == "aten::item")
+    total = torch.stack(gradients).sum(0)  # type: ignore[arg-type]
+    return {"norm": norm, "clipped": total.tolist(), "few waits": waits < len(parameters)}
+
+
+def tokens_in_order() -> dict[str, Any]:
+    """``sort_chunks_by_idxs`` of the dispatcher: chunks in order, and chunks that are not."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    tokens, sizes = torch.arange(6.0).view(6, 1), torch.tensor([1, 2, 3])
+    found = {}
+    for name, order in (("in order", [0, 1, 2]), ("out of order", [2, 0, 1])):
+        moved, weights = token_dispatcher.sort_chunks_by_idxs(
+            tokens, sizes, torch.tensor(order), probs=tokens[:, 0]
+        )
+        found[name] = [moved[:, 0].tolist(), weights.tolist(), moved is tokens]
+    return found
 
 
 _lonely: list[Any] = []

@@ -62,9 +62,9 @@ def silent(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
 def router_gradients(stage: StageRun, batches: Sequence[MicroBatch], step: int) -> list[Any]:
     """Gradient of every router from the routers' losses alone, as the optimizer would get it."""
     module = stage.module
-    counts = steps._global_counts(module, batches)
+    _, tokens, samples = steps._global_counts(module, batches)
     module.begin_step()
-    module.routers.begin(step, batches, *counts)
+    module.routers.begin(step, batches, tokens, samples)
     steps.run_schedule(module, batches, silent, forward_only=False)
     mine = {
         block: router.weight.main_grad.double().tolist()

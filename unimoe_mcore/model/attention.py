@@ -1,11 +1,12 @@
-"""Core attention over packed sequences in plain PyTorch, for machines without fused kernels."""
+"""Core attention over packed sequences by PyTorch's own fused kernel."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -16,10 +17,10 @@ from torch import Tensor
 class PackedAttention(MegatronModule):
     """Causal attention that stays inside each packed sequence.
 
-    The packed row is laid out as a padded batch of sequences, so that the quadratic part is one
-    batched matrix product instead of a loop. Matrix products and softmax are written out: the
-    backward pass of PyTorch's fused attention is slower on CPU at these lengths. The softmax is
-    in fp32. Takes the place of Megatron's ``DotProductAttention``, which refuses packed input.
+    The packed row is laid out as a padded batch of sequences, so that PyTorch's fused attention
+    takes all of them at once instead of a loop; the scores are never written to memory, and keys
+    and values that a group of heads shares are not repeated. Takes the place of Megatron's
+    ``DotProductAttention``, which refuses packed input.
     """
 
     def __init__(
@@ -59,35 +60,63 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs packed_seq_params.")
-        tokens, heads, head = query.shape
-        place, causal = _layout(packed_seq_params, tokens)
-
-        def padded(x: Tensor) -> Tensor:  # [tokens, h, head] -> [sequences, heads, longest, head]
-            spread = x.new_zeros((causal.shape[0] * causal.shape[2], *x.shape[1:]))
-            spread = spread.index_copy(0, place, x)
-            spread = spread.view(causal.shape[0], causal.shape[2], *x.shape[1:]).transpose(1, 2)
-            repeats = heads // x.shape[1]
-            return spread.repeat_interleave(repeats, 1) if repeats > 1 else spread
-
-        scale = self.scale or 1 / math.sqrt(head)
-        scores = torch.matmul(padded(query) * scale, padded(key).transpose(-1, -2))
-        weights = scores.float().masked_fill(~causal, float("-inf")).softmax(-1).to(value.dtype)
-        mixed = torch.matmul(weights, padded(value)).transpose(1, 2)
-        return mixed.reshape(-1, heads, head).index_select(0, place).reshape(tokens, heads * head)
+        row = _row_of(packed_seq_params, len(query))
+        mixed = F.scaled_dot_product_attention(
+            row.spread(query),
+            row.spread(key),
+            row.spread(value),
+            # Enough: what lies behind a sequence's end is after all of its tokens.
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return row.joined(mixed)
 
 
-def _layout(packed: PackedSeqParams, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where each token lies in the padded batch, and who may attend to whom.
+@dataclass(frozen=True)
+class _Row:
+    """How a packed row is laid out as a batch of sequences that are equally long.
 
-    Returns:
-        ``place`` ``[tokens]``, index into the flattened ``[sequences * longest]``;
-        ``causal`` ``[sequences, 1, longest, longest]``.
+    Attributes:
+        sequences: their number.
+        longest: tokens of the longest.
+        place: of each token in ``[sequences * longest]``; None where all are as long as the
+            longest, so that nothing need be moved.
     """
-    ends = packed.cu_seqlens_q.long()
-    lengths = ends[1:] - ends[:-1]
-    longest = int(packed.max_seqlen_q)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths)
-    place = torch.arange(tokens, device=ends.device) - ends[sequence] + sequence * longest
-    # Causality alone is enough: what lies behind a sequence's end is after all of its tokens.
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=ends.device).tril()
-    return place, causal.expand(len(lengths), 1, longest, longest)
+
+    sequences: int
+    longest: int
+    place: Tensor | None
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``[tokens, heads, head]`` to ``[sequences, heads, longest, head]``."""
+        if self.place is not None:
+            spread = x.new_zeros((self.sequences * self.longest, *x.shape[1:]))
+            x = spread.index_copy(0, self.place, x)
+        return x.view(self.sequences, self.longest, *x.shape[1:]).transpose(1, 2)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """``[sequences, heads, longest, head]`` to ``[tokens, heads * head]``."""
+        flat = x.transpose(1, 2).reshape(self.sequences * self.longest, -1)
+        return flat if self.place is None else flat.index_select(0, self.place)
+
+
+def _row_of(packed: PackedSeqParams, tokens: int) -> _Row:
+    """The layout of a row; found once, and kept with what Megatron hands to all layers."""
+    row: _Row | None = getattr(packed, "unimoe_row", None)
+    if row is None:
+        sequences, longest = len(packed.cu_seqlens_q) - 1, int(packed.max_seqlen_q)
+        place = None
+        if tokens != sequences * longest:
+            place = _places(packed.cu_seqlens_q.long(), longest, tokens)
+        row = _Row(sequences, longest, place)
+        packed.unimoe_row = row
+    return row
+
+
+def _places(ends: Tensor, longest: int, tokens: int) -> Tensor:
+    """Where each token lies in the flattened ``[sequences * longest]``, ``[tokens]``."""
+    sequence = torch.arange(len(ends) - 1, device=ends.device)
+    # Its size is told: otherwise the host waits for a GPU to count.
+    sequence = torch.repeat_interleave(sequence, ends.diff(), output_size=tokens)
+    return torch.arange(tokens, device=ends.device) - ends[sequence] + sequence * longest

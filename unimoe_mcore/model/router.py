@@ -1,9 +1,9 @@
 """Megatron's router with losses that are means over the global batch.
 
 Megatron scales its own losses as if every token were a label and ranks held equally many, and its
-global form is a running mean over micro-batches (router.py:526-633 of 0.19.2). A step's gradients
-are divided by the label tokens of the global batch (``finalize_model_grads``): a loss over all its
-tokens must be attached multiplied by that number, and by nothing else.
+global form is a running mean over micro-batches (router.py:526-633 of 0.19.2). A step's loss is
+divided by the label tokens of the global batch before its gradients are computed
+(``unimoe_mcore.training.step``): a loss over all its tokens is attached as it is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class RouterStep:
     Attributes:
         balance: coefficient of the balancing loss in this step.
         z_loss: coefficient of the z-loss.
-        label_tokens: of the global batch.
         tokens: of the global batch, without padding.
         samples: of the global batch.
         row: most samples in a micro-batch of this rank.
@@ -52,7 +51,6 @@ class RouterStep:
 
     balance: float
     z_loss: float
-    label_tokens: int
     tokens: int
     samples: int
     row: int
@@ -212,7 +210,7 @@ class BalancedRouter(TopKRouter):
             tally.sums[2] += z.detach()
         if step.record:
             self._record(tally, scores.detach(), wanted, kept, marks)
-        return _Attached.apply(probs, loss * step.label_tokens) if loss.requires_grad else probs
+        return _Attached.apply(probs, loss) if loss.requires_grad else probs
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Scores of all experts, ``[tokens, experts]`` fp32; they sum to one."""

@@ -172,7 +172,7 @@ def choose(machine: Machine) -> Capabilities:
         dispatcher=Choice("alltoall", "Megatron's own, on any device"),
         permute_fusion=plain,
         rope_fusion=plain,
-        weight_gradient_fusion=_with_cuda(machine, machine.wgrad),
+        weight_gradient_fusion=_choose_weight_gradients(machine),
         compiled_fusions=Choice(
             machine.cuda.value,
             "torch.compile for the GPU"
@@ -234,10 +234,11 @@ def _choose_adam(machine: Machine) -> Choice[str]:
     return Choice("torch", "torch's fused kernel; neither Transformer Engine nor NVIDIA Apex here")
 
 
-def _with_cuda(machine: Machine, kernel: Choice[bool]) -> Choice[bool]:
-    if kernel.value and not machine.cuda.value:
-        return Choice(False, "installed, but needs CUDA")
-    return kernel
+def _choose_weight_gradients(machine: Machine) -> Choice[bool]:
+    if machine.cuda.value and machine.wgrad.value:
+        return Choice(True, f"NVIDIA Apex: {machine.wgrad.reason}")
+    why = "Apex's kernel needs CUDA" if machine.wgrad.value else machine.wgrad.reason
+    return Choice(True, f"torch's own matrix product; {why}")
 
 
 def _probe_module(name: str) -> Choice[bool]:

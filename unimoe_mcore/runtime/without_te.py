@@ -76,12 +76,13 @@ def patch_thd_rope() -> None:
     """Rotate a packed batch in one go instead of sequence by sequence (with any layers).
 
     ``rope_utils.py:261`` loops over the sequences in Python, in every attention layer for queries
-    and keys. Without: right, and slow where a pack holds many short sequences
-    (``benchmarks/thd_rope.py``). The arithmetic per element is the loop's.
+    and keys, and takes cosines and sines anew each time. Without: right, and slow where a pack
+    holds many short sequences (``benchmarks/thd_rope.py``). The arithmetic per element is the
+    loop's.
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    loop = rope_utils._apply_rotary_pos_emb_thd
+    loop, turns = rope_utils._apply_rotary_pos_emb_thd, _Turns()
 
     @functools.wraps(loop)
     def rotate(
@@ -100,16 +101,185 @@ def patch_thd_rope() -> None:
                 t, cu_seqlens, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, cp_group,
                 multi_latent_attention,
             )  # fmt: skip
-        if freqs.size(0) != t.size(0):  # else there is one frequency per token already
-            starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
-            position = torch.arange(t.size(0), device=t.device)
-            position -= starts.repeat_interleave(lengths, output_size=t.size(0))
-            freqs = freqs[position]
-        return rope_utils._apply_rotary_pos_emb_bshd(
-            t.unsqueeze(1), freqs, rotary_interleaved, mla_rotary_interleaved, mscale
-        ).squeeze(1)
+        if rotary_interleaved or mla_rotary_interleaved or mscale != 1.0:
+            each = _frequency_of_each(freqs, cu_seqlens, len(t))
+            return rope_utils._apply_rotary_pos_emb_bshd(
+                t.unsqueeze(1), each, rotary_interleaved, mla_rotary_interleaved, mscale
+            ).squeeze(1)
+        turned: torch.Tensor = _Rotation.apply(t, *turns.of(freqs, cu_seqlens, t))
+        return turned
 
     rope_utils._apply_rotary_pos_emb_thd = rotate
+
+
+def _frequency_of_each(freqs: torch.Tensor, bounds: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``freqs`` [positions, 1, 1, dim] at every token's place in its sequence, [tokens, 1, 1, dim].
+
+    Args:
+        bounds: cumulative lengths of the sequences.
+    """
+    if freqs.size(0) == tokens:  # one frequency per token already, or one sequence
+        return freqs
+    starts, lengths = bounds[:-1].long(), bounds.diff()
+    position = torch.arange(tokens, device=freqs.device)
+    position -= starts.repeat_interleave(lengths, output_size=tokens)
+    return freqs[position]
+
+
+class _Turns:
+    """Cosine and sine of every token of a row: the same in all layers, so the last are kept."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, ...] = ()
+        self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(
+        self, freqs: torch.Tensor, bounds: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both ``[tokens, 1, dim]`` in the number format of ``like`` ``[tokens, heads, head]``."""
+        kept = self._asked
+        same = kept and kept[0] is freqs and kept[1] is bounds
+        if not (same and kept[2] == (len(like), like.dtype)) or self._found is None:
+            each = _frequency_of_each(freqs, bounds, len(like)).squeeze(1)
+            self._found = each.cos().to(like.dtype), each.sin().to(like.dtype)
+            self._asked = (freqs, bounds, (len(like), like.dtype))  # held: no other gets their id
+        return self._found
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotates halves of heads; backwards by the opposite angle, for which nothing else is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, t: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(t, cosine, *sine.chunk(2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        first, second = sine.neg().chunk(2, -1)
+        return _turned(gradient, cosine, second, first), None, None
+
+
+def _turned(
+    t: torch.Tensor, cosine: torch.Tensor, first_sine: torch.Tensor, second_sine: torch.Tensor
+) -> torch.Tensor:
+    """``t`` [tokens, heads, head] with its first ``dim`` places rotated.
+
+    Args:
+        cosine: ``[tokens, 1, dim]``.
+        first_sine: what the second half is multiplied by on its way into the first, [.., dim / 2].
+        second_sine: what the first half is multiplied by on its way into the second.
+    """
+    half = cosine.shape[-1] // 2
+    result = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    first, second, rest = t.split((half, half, t.shape[-1] - 2 * half), -1)
+    to_first, to_second, through = result.split((half, half, rest.shape[-1]), -1)
+    torch.mul(first, cosine[..., :half], out=to_first).sub_(second * first_sine)
+    torch.mul(second, cosine[..., half:], out=to_second).add_(first * second_sine)
+    through.copy_(rest)
+    return result
+
+
+def patch_weight_gradients() -> None:
+    """Add weight gradients to their buffer inside the matrix product, without Apex.
+
+    ``layers.py:1070`` refuses it where Apex's ``fused_weight_gradient_mlp_cuda`` is missing, though
+    torch's matrix product can add to what is there. Without: ``RuntimeError: ColumnParallelLinear
+    was called with gradient_accumulation_fusion set to True``; and with the setting off a copy of
+    each gradient and another pass over it and its buffer. A model that is not wrapped for training
+    has no buffers: there autograd keeps the gradients.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = _WeightGradients
+        layers._grad_accum_fusion_available = True
+    linear = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(linear)
+    def into_buffers_that_are_there(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gradient_accumulation_fusion: bool,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> torch.Tensor:
+        fused = gradient_accumulation_fusion and hasattr(weight, "main_grad")
+        return linear(input, weight, bias, fused, *arguments, **keywords)
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = into_buffers_that_are_there
+
+
+class _WeightGradients:
+    """What Megatron calls of Apex's extension."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor
+    ) -> None:
+        """``total`` [out, in] += ``gradient`` [tokens, out] transposed, times ``inputs``."""
+        if inputs.dtype == total.dtype:
+            total.addmm_(gradient.t(), inputs)
+        else:
+            total.add_(gradient.t() @ inputs)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def patch_multi_tensor() -> None:
+    """Norm and scaling of all gradients at once.
+
+    ``utils.py``'s stand-ins for Apex's kernels (``clip_grads.py:44``) read every norm back to the
+    host and copy every gradient to scale it. Without: right, with a wait and a temporary for each
+    parameter.
+    """
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.multi_tensor_applier is not getattr(clip_grads, "local_multi_tensor_applier", 0):
+        return  # those of Transformer Engine or Apex
+
+    def norm(_: int, __: Any, lists: Any, *___: Any) -> tuple[torch.Tensor, None]:
+        norms = torch.stack(list(torch._foreach_norm(lists[0])))
+        return torch.linalg.vector_norm(norms)[None], None
+
+    def scale(_: int, __: Any, lists: Any, factor: float) -> None:
+        torch._foreach_mul_(lists[0], factor)  # Megatron scales in place only: both lists are one
+
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+
+
+def patch_chunk_order() -> None:
+    """Leave tokens where they are that are in the experts' order already.
+
+    ``token_dispatcher.py`` cuts them up and joins them again, before and after the experts, also
+    where nothing changes its place: wherever experts are not divided. Without: right, with two
+    copies of all tokens in every layer and two more in its backward pass.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sort = token_dispatcher.sort_chunks_by_idxs
+
+    @functools.wraps(sort)
+    def sort_unless_sorted(
+        input: torch.Tensor,
+        split_sizes: torch.Tensor,
+        sorted_idxs: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        fused: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The order is on the host, but for the fused kernel.
+        if not fused and sorted_idxs.tolist() == list(range(len(sorted_idxs))):
+            return input, probs
+        moved: tuple[torch.Tensor, torch.Tensor | None] = sort(
+            input, split_sizes, sorted_idxs, probs, fused
+        )
+        return moved
+
+    token_dispatcher.sort_chunks_by_idxs = sort_unless_sorted
 
 
 PATCHES: tuple[Callable[[], None], ...] = (
@@ -117,6 +287,9 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_hybrid_final_norm,
     patch_adam,
     patch_thd_rope,
+    patch_weight_gradients,
+    patch_multi_tensor,
+    patch_chunk_order,
 )
 """All patches, in the order in which they are applied."""
 

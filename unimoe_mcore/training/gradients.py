@@ -23,18 +23,20 @@ def finalise_gradients(
 ) -> None:
     """Megatron's ``finalize_model_grads``, and what it does not know of: adapters on experts.
 
-    Megatron sums over data-parallel ranks, sums what is replicated under sequence parallelism
-    over tensor ranks, and divides by the label tokens. It has no module that is replicated over
-    the ranks that share an expert's matrices; an adapter's replicated half is one.
+    Megatron sums over data-parallel ranks and sums what is replicated under sequence parallelism
+    over tensor ranks. It would divide by the label tokens too, in one more pass over all gradients;
+    here the loss is divided by them before (``unimoe_mcore.training.step``). It has no module that
+    is replicated over the ranks that share an expert's matrices; an adapter's replicated half is
+    one.
 
     Args:
         chunks: wrapped model chunks of this rank.
-        num_tokens: label tokens of this rank's micro-batches.
+        num_tokens: label tokens of this rank's micro-batches; not used.
         pg_collection: process groups, or None for Megatron's own.
         force_all_reduce: passed on.
         expert_tensor_group: ranks that share each matrix of an expert.
     """
-    finalize_model_grads(list(chunks), num_tokens, pg_collection, force_all_reduce)
+    finalize_model_grads(list(chunks), None, pg_collection, force_all_reduce)
     if expert_tensor_group.size() > 1:
         _sum_partial(chunks, expert_tensor_group)
 

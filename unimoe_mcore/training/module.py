@@ -94,8 +94,8 @@ class TrainModule:
     def _wrap(self, chunk: UniMoEModel, first: bool) -> DistributedDataParallel:
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            # The finite check: a bad gradient stops the run before it reaches any weight.
-            check_for_nan_in_grad=True,
+            # By the norm instead (unimoe_mcore.training.optimizer), in no pass of its own.
+            check_for_nan_in_grad=False,
             use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
         )
         inner = Float16Module(self.config, chunk) if self.config.bf16 else chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,27 @@ def build_optimizer(
         **_overrides(recipe.stage),
         **held_group(recipe),
     }
-    return get_megatron_optimizer(config, list(wrapped), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, list(wrapped), config_overrides=overrides)
+    refuse_bad_gradients(optimizer)
+    return optimizer
+
+
+def refuse_bad_gradients(optimizer: Any) -> None:
+    """Stop the run before a gradient that is not finite reaches any weight.
+
+    The norm that clipping needs says whether there is one, on all ranks at once: Megatron's own
+    check (``check_for_nan_in_grad``) is one more pass over all gradients, and two waits for each
+    buffer of them.
+    """
+    measure = optimizer.get_grad_norm
+
+    def get_grad_norm() -> float:
+        norm = float(measure())
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient norm is {norm}; the step is not taken")
+        return norm
+
+    optimizer.get_grad_norm = get_grad_norm
 
 
 def _overrides(stage: StageConfig) -> dict[ParamKey, Any]:

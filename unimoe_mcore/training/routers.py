@@ -61,7 +61,6 @@ class Routers:
         self,
         step: int,
         batches: Sequence[MicroBatch],
-        label_tokens: int,
         tokens: int,
         samples: int,
     ) -> None:
@@ -70,14 +69,12 @@ class Routers:
         Args:
             step: from 0.
             batches: this rank's micro-batches.
-            label_tokens: of the global batch.
             tokens: of the global batch, without padding.
             samples: of the global batch.
         """
         state = RouterStep(
             balance=balance_coefficient(step, self.moe),
             z_loss=self.moe.z_loss,
-            label_tokens=label_tokens,
             tokens=tokens,
             samples=samples,
             row=max([1, *(len(batch.samples) for batch in batches)]),

@@ -64,8 +64,8 @@ def train_step(module: TrainModule, batches: Sequence[MicroBatch], step: int) ->
     module.meter.begin()
     label_tokens, tokens, samples = _global_counts(module, batches)
     module.begin_step()
-    module.routers.begin(step, batches, label_tokens, tokens, samples)
-    sums = _forward_backward(module, batches)
+    module.routers.begin(step, batches, tokens, samples)
+    sums = _forward_backward(module, batches, label_tokens)
     lrs = rates(step, module.recipe)
     set_rates(module.optimizer, lrs)
     hold_experts(module.recipe, module.wrapped, module.optimizer, step)
@@ -96,9 +96,12 @@ def _global_counts(module: TrainModule, batches: Sequence[MicroBatch]) -> tuple[
     return label_tokens, tokens, samples
 
 
-def _forward_backward(module: TrainModule, batches: Sequence[MicroBatch]) -> Tensor:
+def _forward_backward(
+    module: TrainModule, batches: Sequence[MicroBatch], label_tokens: int
+) -> Tensor:
     """Megatron's schedule over all micro-batches; grouped sums over all ranks."""
-    reports = run_schedule(module, batches, _forward, forward_only=False)
+    forward = partial(_forward, label_tokens)
+    reports = run_schedule(module, batches, forward, forward_only=False)
     sums = torch.zeros(len(GROUPS), 2, dtype=torch.float64, device=device())
     for report in reports:
         sums += report["sums"]
@@ -106,12 +109,15 @@ def _forward_backward(module: TrainModule, batches: Sequence[MicroBatch]) -> Ten
     return module.from_last_stage(sums)
 
 
-def _forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+def _forward(label_tokens: int, iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
     batch = next(iterator).to(device())
-    return model(batch), partial(_loss, batch)
+    return model(batch), partial(_loss, batch, label_tokens)
 
 
-def _loss(batch: MicroBatch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    total = (losses.float() * batch.loss_mask).sum()
+def _loss(
+    batch: MicroBatch, label_tokens: int, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """This micro-batch's share of the step's loss: no gradient need be divided afterwards."""
+    total = (losses.float() * batch.loss_mask).sum() / label_tokens
     count = batch.loss_mask.sum().int()
     return total, count, {"sums": grouped_sums(losses, batch)}
