@@ -19,6 +19,7 @@ from unimoe_mcore.model import language
 from unimoe_mcore.model.lora import Adapted
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
+from unimoe_mcore.training import step
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
@@ -39,6 +40,7 @@ def layouts_and_guards(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
             "adapters": _adapters_over_layouts(folder),
             "boundaries": _boundaries(folder),
             "untested": _untested(folder),
+            "bad gradient": _bad_gradient(folder),
         }
     }
 
@@ -62,8 +64,8 @@ def _steps(stage: StageRun, first: int, last: int) -> list[tuple[float, float]]:
     log = []
     with stage.pool(stage.samples) as pool:
         feed = stage.feed(pool)
-        for step in range(first, last):
-            result = train_step(stage.module, feed.read(step), step)
+        for number in range(first, last):
+            result = train_step(stage.module, feed.read(number), number)
             total = result.sums.sum(0)
             log.append(((total[0] / total[1]).item(), result.grad_norm))
     return log
@@ -178,6 +180,29 @@ def _untested(folder: str) -> list[dict[str, Any]]:
     _close(stage)
     events = read_lines(stage.directory.path / "events.jsonl")
     return [event for event in events if event["event"] == "untested layout"]
+
+
+def _bad_gradient(folder: str) -> list[tuple[str, bool]]:
+    """What every rank says if one rank's loss is not a number, and whether its weights stayed."""
+    stage = opened(composed(folder, "stage1", "name=bad", "parallel.expert=1"))
+    before = [p.detach().clone() for p in stage.module.chunks[0].parameters()]
+    right, bad = step._loss, dist.get_rank() == 1
+
+    def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total, *others = right(*arguments)
+        return (total * float("nan") if bad else total, *others)
+
+    said = "nothing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_loss", wrong)
+        try:
+            _steps(stage, 0, 1)
+        except RuntimeError as error:
+            said = str(error)
+    after = stage.module.chunks[0].parameters()
+    stayed = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    _close(stage)
+    return _everywhere((said, stayed))
 
 
 def _boundaries(folder: str) -> str:

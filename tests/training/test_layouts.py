@@ -260,3 +260,9 @@ def test_an_untested_layout_is_logged_with_what_was_tested(two: dict[str, Any]) 
     (event,) = two["guards"]["untested"]
     assert event["layout"] == "tensor x expert_tensor"
     assert "pipeline x virtual_pipeline" in event["tested"]
+
+
+def test_no_rank_takes_a_step_with_a_bad_gradient(two: dict[str, Any]) -> None:
+    for said, stayed in two["guards"]["bad gradient"]:
+        assert said == "the gradient norm is nan; the step is not taken"
+        assert stayed
