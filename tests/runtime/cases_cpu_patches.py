@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimoe_mcore.runtime import cpu, without_te
 from unimoe_mcore.runtime.quiet import silence_import_remarks
@@ -51,6 +52,7 @@ def ablate() -> dict[str, dict[str, Any]]:
         (without_te.patch_weight_gradients, weight_gradient_in_its_buffer),
         (without_te.patch_multi_tensor, clipped_gradients),
         (without_te.patch_chunk_order, tokens_in_order),
+        (without_te.patch_expert_weights, weighted_expert),
     ]
     for patch, action in cases:
         without = attempt(action)
@@ -354,6 +356,47 @@ def tokens_in_order() -> dict[str, Any]:
         )
         found[name] = [moved[:, 0].tolist(), weights.tolist(), moved is tokens]
     return found
+
+
+def weighted_expert() -> dict[str, Any]:
+    """An expert's output and gradients in fp64, and the most numbers that one product has."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+    generator = torch.Generator().manual_seed(0)
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    with layout():
+        config = small_config(
+            hidden_size=2,
+            ffn_hidden_size=12,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            params_dtype=torch.float64,
+        )
+        expert = MLP(config, parts, is_expert=True, ffn_hidden_size=12, tp_group=lonely_group())
+        for weight in expert.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        tokens = torch.randn(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+        scale = torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_()
+        with _Weighing() as products:
+            output, _ = expert(tokens, scale)
+        output.square().sum().backward()
+    found = [output, tokens.grad, scale.grad, *(weight.grad for weight in expert.parameters())]
+    return {
+        "values": [value.flatten().tolist() for value in found if value is not None],
+        "widest": products.widest,
+    }
+
+
+class _Weighing(TorchDispatchMode):
+    """The most numbers that a product with one factor per token has."""
+
+    widest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mul.Tensor and args[1].shape[-1] == 1:
+            self.widest = max(self.widest, args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
 _lonely: list[Any] = []

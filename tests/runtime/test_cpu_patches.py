@@ -127,6 +127,13 @@ def test_tokens_in_order_are_not_copied(ranks: list[dict[str, Any]]) -> None:
     assert case["patched"]["out of order"] == case["without"]["out of order"]
 
 
+def test_experts_are_weighed_where_tokens_are_narrow(ranks: list[dict[str, Any]]) -> None:
+    case = ranks[0]["patch_expert_weights"]
+    assert (case["without"]["widest"], case["patched"]["widest"]) == (5 * 12, 5 * 2)
+    for before, after in zip(case["without"]["values"], case["patched"]["values"], strict=True):
+        assert after == pytest.approx(before, rel=1e-12)
+
+
 def test_preparing_is_repeatable_quiet_and_comes_before_megatron() -> None:
     program = """
 import sys, torch

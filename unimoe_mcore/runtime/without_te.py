@@ -136,12 +136,17 @@ class _Turns:
     def of(
         self, freqs: torch.Tensor, bounds: torch.Tensor, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both ``[tokens, 1, dim]`` in the number format of ``like`` ``[tokens, heads, head]``."""
+        """Both ``[tokens, 1, dim]`` in the number format of ``like`` ``[tokens, heads, head]``.
+
+        The first half of the sine is negated: it takes the second half of a head to the first.
+        """
         kept = self._asked
         same = kept and kept[0] is freqs and kept[1] is bounds
         if not (same and kept[2] == (len(like), like.dtype)) or self._found is None:
             each = _frequency_of_each(freqs, bounds, len(like)).squeeze(1)
-            self._found = each.cos().to(like.dtype), each.sin().to(like.dtype)
+            first, second = each.sin().chunk(2, -1)
+            sine = torch.cat((-first, second), -1)
+            self._found = each.cos().to(like.dtype), sine.to(like.dtype)
             self._asked = (freqs, bounds, (len(like), like.dtype))  # held: no other gets their id
         return self._found
 
@@ -154,33 +159,26 @@ class _Rotation(torch.autograd.Function):
         ctx: Any, t: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turned(t, cosine, *sine.chunk(2, -1))
+        return _turned(t, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        first, second = sine.neg().chunk(2, -1)
-        return _turned(gradient, cosine, second, first), None, None
+        return _turned(gradient, cosine, sine.roll(sine.shape[-1] // 2, -1)), None, None
 
 
-def _turned(
-    t: torch.Tensor, cosine: torch.Tensor, first_sine: torch.Tensor, second_sine: torch.Tensor
-) -> torch.Tensor:
+def _turned(t: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """``t`` [tokens, heads, head] with its first ``dim`` places rotated.
 
     Args:
         cosine: ``[tokens, 1, dim]``.
-        first_sine: what the second half is multiplied by on its way into the first, [.., dim / 2].
-        second_sine: what the first half is multiplied by on its way into the second.
+        sine: the same; what each half is multiplied by on its way into the place of the other.
     """
-    half = cosine.shape[-1] // 2
-    result = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    first, second, rest = t.split((half, half, t.shape[-1] - 2 * half), -1)
-    to_first, to_second, through = result.split((half, half, rest.shape[-1]), -1)
-    torch.mul(first, cosine[..., :half], out=to_first).sub_(second * first_sine)
-    torch.mul(second, cosine[..., half:], out=to_second).add_(first * second_sine)
-    through.copy_(rest)
-    return result
+    dim = cosine.shape[-1]
+    turning = t[..., :dim]
+    # Not addcmul: it rounds once less than the loop.
+    turned = (turning * cosine).add_(turning.roll(dim // 2, -1).mul_(sine))
+    return turned if dim == t.shape[-1] else torch.cat((turned, t[..., dim:]), -1)
 
 
 def patch_weight_gradients() -> None:
@@ -282,6 +280,36 @@ def patch_chunk_order() -> None:
     token_dispatcher.sort_chunks_by_idxs = sort_unless_sorted
 
 
+def patch_expert_weights() -> None:
+    """Weigh what an expert puts out, not what is inside of it.
+
+    ``mlp.py:337`` multiplies the activations between an expert's two matrices by the router's
+    weight of each token. Its last matrix is linear, so that the weight may as well come behind it,
+    where a token is several times narrower (2.7 times at 7B). Without: right, with more to
+    multiply, forward and backward, and to keep. Where the activation is one kernel with the weight
+    in it, it stays there.
+    """
+    from megatron.core.transformer.mlp import MLP
+
+    inside = MLP.forward
+
+    @functools.wraps(inside)
+    def forward(
+        self: Any, hidden_states: torch.Tensor, per_token_scale: Any = None, **keywords: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.config
+        fused = config.bias_activation_fusion or config.use_te_activation_func
+        if per_token_scale is None or fused or config.add_bias_linear:
+            done: tuple[torch.Tensor, torch.Tensor | None] = inside(
+                self, hidden_states, per_token_scale, **keywords
+            )
+            return done
+        output, bias = inside(self, hidden_states, **keywords)
+        return (output * per_token_scale.unsqueeze(-1)).to(output.dtype), bias
+
+    MLP.forward = forward
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     patch_torch_norm,
     patch_hybrid_final_norm,
@@ -290,6 +318,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_weight_gradients,
     patch_multi_tensor,
     patch_chunk_order,
+    patch_expert_weights,
 )
 """All patches, in the order in which they are applied."""
 
