@@ -40,7 +40,7 @@ types: $(STAMP)
 bench: $(STAMP)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh tests/data_pipeline/energon.sh
 	@for name in precision thd_rope checkpoint_save balance planning shuffle_locality decoders \
-	    throughput answer_logits training_step; do \
+	    throughput answer_logits training_step scale equalities; do \
 	    OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name || exit 1; done
 
 # Pins what is installed now, for requirements.lock.

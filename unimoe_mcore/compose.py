@@ -48,7 +48,9 @@ FREE = (
     "trainer.log_every",
     "trainer.resume_changes",
     "trainer.threads",
-    "trainer.validation",
+    "trainer.validation.every",
+    "trainer.validation.most",
+    "trainer.validation.split",
 )
 """Settings that a run may change when it is continued: they do not change what is computed."""
 

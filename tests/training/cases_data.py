@@ -17,9 +17,14 @@ from unimoe_mcore.runtime.run_directory import read_lines
 
 
 def run(
-    folder: str, name: str, extra: list[str], stop: int = 0, notes: dict[str, Any] | None = None
+    folder: str,
+    name: str,
+    extra: list[str],
+    stop: int = 0,
+    notes: dict[str, Any] | None = None,
+    recipe_name: str = "stage1",
 ) -> dict[str, Any]:
-    """A stage-1 run, or what is left of it; killed after the checkpoint at ``stop``.
+    """A run, or what is left of it; killed after the checkpoint at ``stop``.
 
     Args:
         notes: name -> task, dataset, shard, key: what an earlier process left that died there.
@@ -27,7 +32,7 @@ def run(
     Returns:
         Its metrics so far, the sentence with which it was refused, and what is in quarantine.
     """
-    recipe = composed(folder, "stage1", f"name={name}", "trainer.evaluation.after=false", *extra)
+    recipe = composed(folder, recipe_name, f"name={name}", "trainer.evaluation.after=false", *extra)
     refused = ""
     path = Path(recipe.paths.runs) / name
     if int(os.environ["RANK"]) == 0:
@@ -40,8 +45,8 @@ def run(
         if stop:
             save = stage._save
 
-            def save_and_stop(step: int) -> None:
-                save(step)
+            def save_and_stop(step: int, best: bool = False) -> None:
+                save(step, best)
                 if step == stop:
                     stage.saver.wait()
                     raise InterruptedError

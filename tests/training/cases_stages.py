@@ -160,8 +160,8 @@ def stopped_and_resumed(
 
     save = stage._save
 
-    def save_and_stop(step: int) -> None:
-        save(step)
+    def save_and_stop(step: int, best: bool = False) -> None:
+        save(step, best)
         stage.saver.wait()
         raise StoppedError
 

@@ -19,8 +19,8 @@ from unimoe_mcore.checkpoints.training import CheckpointFolder
 ANSWERED = ["trainer.evaluation.after=true", "trainer.evaluation.split=val"]
 EVERY = ["trainer.validation.every=2", "trainer.validation.most=0"]
 STEPS = ["trainer.steps=8", "trainer.checkpoint_every=8", "trainer.keep=1"]
-RISING = ["trainer.lr=300", "trainer.warmup=8", "trainer.clip=0"]
-"""The rate grows until the weights are worse than what they began as."""
+RISING = ["trainer.lr=3", "trainer.warmup=8", "trainer.clip=0"]
+"""Of a base: the rate grows until the weights are worse than what they began as."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,12 @@ def runs(place: Path) -> dict[str, Any]:
         ),
     }  # fmt: skip
     listed = {
-        label: {"name": name, "extra": extra, "stop": 4 if label == "killed" else 0}
+        label: {
+            "name": name,
+            "extra": extra,
+            "stop": 4 if label == "killed" else 0,
+            "recipe_name": "base" if name.startswith("rising") else "stage1",
+        }
         for label, (name, extra) in cases.items()
     }
     ranks = run_distributed(
@@ -75,7 +80,7 @@ def test_lines_say_what_the_evaluation_says(runs: dict[str, Any]) -> None:
     lines, answers = runs["validated"]["lines"], runs["validated"]["answers"]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     last = lines[-1]
-    assert last["questions"] == len(answers) == 36
+    assert last["asked"] == last["answered"] == len(answers) == 36
     tokens = sum(a["tokens"] for a in answers)
     assert math.isclose(last["loss"], sum(a["loss"] for a in answers) / tokens, rel_tol=1e-12)
     for group in {a["group"] for a in answers}:
@@ -131,7 +136,7 @@ def test_a_killed_run_continues_its_lines(runs: dict[str, Any], place: Path) -> 
 
 def test_few_questions_are_spread_over_every_dataset(runs: dict[str, Any]) -> None:
     (line,) = runs["few questions"]["lines"]
-    assert line["questions"] == 12
+    assert line["asked"] == 12
     assert {name for name in line if name.startswith("exact/")} == {
         name for name in runs["validated"]["lines"][0] if name.startswith("exact/")
     }

@@ -65,8 +65,11 @@ class Saver:
         self._busy: Future[Saved] | None = None
         self._done: list[Saved] = []
 
-    def save(self, pieces: Iterable[Piece], state: RunState) -> None:
+    def save(self, pieces: Iterable[Piece], state: RunState, best: bool = False) -> None:
         """Copy the pieces and have them written; waits for the checkpoint before this one.
+
+        Args:
+            best: mark it as the best as soon as it is there; until then the old one is.
 
         Raises:
             UserError: if that one could not be written.
@@ -75,7 +78,7 @@ class Saver:
         self._collect()
         snapshot = self._copy.take(pieces)
         stopped = time.perf_counter() - began
-        self._busy = self._thread.submit(self._write, snapshot, state, stopped)
+        self._busy = self._thread.submit(self._write, snapshot, state, stopped, best)
 
     def poll(self) -> list[Saved]:
         """Checkpoints that have become visible since the last call; does not wait.
@@ -98,7 +101,7 @@ class Saver:
         if busy is not None:
             self._done.append(busy.result())
 
-    def _write(self, snapshot: Snapshot, state: RunState, stopped: float) -> Saved:
+    def _write(self, snapshot: Snapshot, state: RunState, stopped: float, best: bool) -> Saved:
         began = time.perf_counter()
         target = self.folder.at(state.step)
         partial = target.with_name(f".partial-{target.name}-{self.start}")
@@ -107,7 +110,7 @@ class Saver:
             snapshot.write(partial, self.rank)
             if self.rank == 0:
                 self._await_others(partial)
-                self._publish(partial, target, state)
+                self._publish(partial, target, state, best)
         except OSError as error:
             place = error.filename or partial
             raise UserError(
@@ -123,11 +126,13 @@ class Saver:
         while missing := [path for path in missing if not path.is_file()]:
             time.sleep(_LOOK_EVERY)
 
-    def _publish(self, partial: Path, target: Path, state: RunState) -> None:
+    def _publish(self, partial: Path, target: Path, state: RunState, best: bool) -> None:
         ShardReader(partial, verify=False).check_complete()
         write_text(partial / STATE, json.dumps(asdict(state)))
         if target.exists():  # damaged, and gone back from
             shutil.rmtree(target)
         partial.rename(target)
         flush(self.folder.folder)
+        if best:  # before old ones go: it may be the oldest already
+            self.folder.mark_best(state.step)
         self.folder.forget_old()

@@ -52,11 +52,14 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("pipeline", "expert"),
     ("tensor", "expert"),
     ("expert", "expert_tensor"),
+    ("tensor", "pipeline"),
+    ("tensor", "pipeline", "expert"),
+    ("pipeline", "virtual_pipeline", "expert"),
 )
 """The layouts that were compared with one process: the sizes above 1 of each, with any number of
-data-parallel ranks. ``tests/training/test_layouts.py`` does it for every push, the distributed
-optimizer is in ``tests/checkpoints/test_layouts.py``, and ``benchmarks/equalities.py`` takes more
-stages, dealings and steps."""
+data-parallel ranks. ``benchmarks/equalities.py`` does it for all of them, stages, dealings, ways to
+accumulate and the distributed optimizer (``docs/results/equalities.md``);
+``tests/training/test_layouts.py`` for most of them on every push."""
 
 
 def features(parallel: ParallelConfig) -> tuple[str, ...]:

@@ -25,7 +25,17 @@ class ProfileConfig:
     ranks: str = "first"
 
 
-CHANGEABLE = ("steps", "lr", "min_lr", "warmup", "weight_decay", "betas", "eps", "clip")
+CHANGEABLE = (
+    "steps",
+    "lr",
+    "min_lr",
+    "warmup",
+    "weight_decay",
+    "betas",
+    "eps",
+    "clip",
+    "validation.give",
+)
 """What ``resume_changes`` may name: settings that need nothing of a checkpoint to be other ones."""
 
 

@@ -37,9 +37,13 @@ def held_out_losses(records: list[dict[str, Any]]) -> dict[str, float]:
     def of_records() -> dict[str, float]:
         tokens = sum(record["tokens"] for record in records)
         if not tokens:
-            raise UserError("none of the questions of trainer.validation.split could be read")
+            raise UserError(
+                "none of the questions of trainer.validation.split could be read: choose another "
+                "split, or set trainer.validation.every=0"
+            )
         found = summary(records)
         return {
+            "answered": len(records),
             "loss": sum(record["loss"] for record in records) / tokens,
             **{f"loss/{name}": loss for name, loss in sorted(found["loss"].items())},
             **{f"exact/{name}": share for name, share in found["exact"].items()},

@@ -127,7 +127,7 @@ def destroy(keep_world: bool = False) -> None:
 
 
 def _close_all_but_world() -> None:
-    """Close the groups that Megatron made and only forgets.
+    """Close all groups but the world's; a collective. Megatron only forgets those that it made.
 
     Every gloo group has three threads, of which one is never quite asleep: a few hundred groups of
     past layouts take all of a machine's time.

@@ -192,7 +192,7 @@ def patch_weight_gradients() -> None:
     """
     from megatron.core.tensor_parallel import layers
 
-    if not layers._grad_accum_fusion_available:
+    if not (layers._grad_accum_fusion_available and torch.cuda.is_available()):
         layers.fused_weight_gradient_mlp_cuda = _WeightGradients
         layers._grad_accum_fusion_available = True
     linear = layers.linear_with_grad_accumulation_and_async_allreduce

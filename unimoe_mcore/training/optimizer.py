@@ -49,7 +49,7 @@ def refuse_bad_gradients(optimizer: Any) -> None:
 
     The norm that clipping needs says whether there is one, on all ranks at once: Megatron's own
     check (``check_for_nan_in_grad``) is one more pass over all gradients, and two waits for each
-    buffer of them.
+    buffer of them. Of what is the same on all tensor ranks the norm takes the first rank's.
     """
     measure = optimizer.get_grad_norm
 

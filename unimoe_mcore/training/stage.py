@@ -138,6 +138,11 @@ class StageRun:
     def _validation(self) -> Validation | None:
         """What measures held-out losses, if the recipe asks for it and there are questions."""
         questions, trainer = self.validation_questions, self.recipe.trainer
+        if questions is None and trainer.validation.give == "best":
+            raise UserError(
+                f"{self.manifest.folder} has no text questions in {trainer.validation.split} to "
+                f"choose the best weights by: set trainer.validation.give=last."
+            )
         if questions is None:
             return None
         rows = spread_rows(questions, trainer.validation.most)
@@ -148,7 +153,7 @@ class StageRun:
             self.directory,
             self.checkpoints,
             lambda: held_out_losses(self._ask(questions, rows=rows)),
-            self._save,
+            lambda step: self._save(step, best=True),
             len(rows),
         )
 
@@ -226,7 +231,7 @@ class StageRun:
             feed = self.feed(pool)
             self._release_encoders(feed.loader.dealer, first)
             train(trainer, first, feed.read, partial(train_step, self.module), callbacks)
-        if trainer.validation.give == "best":
+        if trainer.validation.give == "best" and not decided_by_first_rank(self._concluded):
             self._take_best()
         if trainer.evaluation.after:
             self.evaluate("after")
@@ -241,6 +246,12 @@ class StageRun:
             )
             self.directory.event("done", step=trainer.steps)
 
+    def _concluded(self) -> bool:
+        """Whether nothing is left to do with the weights."""
+        trainer = self.recipe.trainer
+        judged = self.directory.evaluation("after", trainer.evaluation.split).is_file()
+        return given(self.directory, trainer.steps) and (judged or not trainer.evaluation.after)
+
     def _take_best(self) -> None:
         """Put the weights of the best checkpoint into the model.
 
@@ -253,7 +264,8 @@ class StageRun:
             if best is None:
                 raise UserError(
                     f"{self.checkpoints.folder} has no best checkpoint to give: set "
-                    f"trainer.validation.give=last."
+                    f"trainer.validation.give=last and "
+                    f"trainer.resume_changes=[validation.give]."
                 )
             ShardReader(best, verify=True)
             return best
@@ -366,19 +378,17 @@ class StageRun:
         self.checkpoints.clear()
         return secrets.token_hex(4)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, best: bool = False) -> None:
         """Begin to save, unless this step's checkpoint is being saved already."""
         if step == self._saving:
             return
         self._saving = step
         pieces = checkpoint_pieces(self.module.chunks, self.module.optimizer)
-        self.saver.save(pieces, self._state(step))
+        self.saver.save(pieces, self._state(step), best)
 
     def _note(self, saved: Sequence[Saved]) -> None:
         """Record the checkpoints that have become visible."""
         for each in saved:
-            if self.validation is not None:
-                self.validation.saved(each.step)
             self.directory.event(
                 "saved",
                 step=each.step,

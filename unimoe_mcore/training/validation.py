@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from data_pipeline.planning.catalogue import Catalogue
 from unimoe_mcore.checkpoints.training import CheckpointFolder
 from unimoe_mcore.config.trainer import ValidationConfig
 from unimoe_mcore.runtime.run_directory import RunDirectory
+from unimoe_mcore.training.agreement import decided_by_first_rank
 from unimoe_mcore.training.callbacks import StepRecord
 
 
@@ -34,13 +34,33 @@ def spread_rows(catalogue: Catalogue, most: int) -> list[int]:
     return chosen
 
 
+@dataclass(frozen=True)
+class Best:
+    """A step and its held-out loss.
+
+    Attributes:
+        step: number of steps done.
+        loss: per label token.
+        answered: number of questions that it is over.
+    """
+
+    step: int
+    loss: float
+    answered: int
+
+    def beats(self, other: Best) -> bool:
+        """Whether it is better than one before it; over other questions it starts anew."""
+        return self.answered != other.answered or self.loss < other.loss
+
+
 @dataclass
 class Validation:
     """Measures the held-out loss every so many steps and after the last one.
 
-    Writes ``validation.jsonl``: step, split, number of questions, seconds, ``loss`` and
-    ``loss/<group>`` per label token as in ``metrics.jsonl``, ``exact/<dataset>``. The best step is
-    that of the lowest ``loss``; it is saved, and its checkpoint kept.
+    Writes ``validation.jsonl``: step, split, number of questions asked and answered, seconds,
+    ``loss`` and ``loss/<group>`` per label token as in ``metrics.jsonl``, ``exact/<dataset>``. The
+    best step is that of the lowest ``loss`` over the same questions; it is saved, and its
+    checkpoint kept.
 
     Attributes:
         settings: when.
@@ -48,11 +68,11 @@ class Validation:
         name: of the run, in what is printed.
         run: where lines go; only rank 0 writes.
         checkpoints: where the best one is marked.
-        measure: the held-out losses now, the same on every rank; a collective.
-        save: saves the checkpoint of a step.
-        questions: how many are asked.
-        best_step: number of steps after which the loss was lowest; 0 if it was not measured.
-        best_loss: that loss.
+        measure: the held-out losses now, and how many ``answered`` they are of, the same on every
+            rank; a collective.
+        save: saves the checkpoint of a step as the best one.
+        asked: number of questions.
+        best: the step after which the loss was lowest, if it was measured.
     """
 
     settings: ValidationConfig
@@ -62,18 +82,13 @@ class Validation:
     checkpoints: CheckpointFolder
     measure: Callable[[], dict[str, float]]
     save: Callable[[int], None]
-    questions: int
-    best_step: int = field(default=0, init=False)
-    best_loss: float = field(default=math.inf, init=False)
+    asked: int
+    best: Best | None = field(default=None, init=False)
 
     def start(self, step: int) -> None:
         """Take up the best step so far from the lines that a resumed run keeps."""
-        for line in self.run.validations():
-            asked = (line["split"], line["questions"]) == (self.settings.split, self.questions)
-            if asked and line["step"] <= step:
-                self._judge(line["step"], line["loss"])
-        if self.best_step:
-            self.saved(self.best_step)
+        # One rank looks for all: another may see an older file.
+        self.best = decided_by_first_rank(lambda: self._find_best(step))
 
     def step(self, record: StepRecord) -> None:
         """Validate if it is time; save what is the best so far."""
@@ -82,34 +97,35 @@ class Validation:
         began = time.perf_counter()
         losses = self.measure()
         self.run.validation(self._line(record.step, losses, time.perf_counter() - began))
-        best = self._judge(record.step, losses["loss"])
+        now = Best(record.step, losses["loss"], int(losses["answered"]))
+        better = self.best is None or now.beats(self.best)
         if self.run.writes:
-            tqdm.write(f"{self.name}  step {record.step:>5}/{self.steps}  {_words(losses, best)}")
-        if best:
+            tqdm.write(f"{self.name}  step {record.step:>5}/{self.steps}  {_words(losses, better)}")
+        if better:
+            self.best = now
             self.save(record.step)
 
     def end(self) -> None:
         """Nothing to do."""
 
-    def saved(self, step: int) -> None:
-        """Mark the best step's checkpoint, which is there from now on, as the one to keep.
-
-        Only now: until the new one is there, the old one is the best that there is.
-        """
-        if step == self.best_step and self.run.writes and self.checkpoints.at(step).is_dir():
-            self.checkpoints.mark_best(step)
-
-    def _judge(self, step: int, loss: float) -> bool:
-        if not loss < self.best_loss:
-            return False
-        self.best_step, self.best_loss = step, loss
-        return True
+    def _find_best(self, step: int) -> Best | None:
+        """The best of the lines up to a step, if its checkpoint is there; it is marked then."""
+        best: Best | None = None
+        for line in self.run.validations():
+            same = (line["split"], line["asked"]) == (self.settings.split, self.asked)
+            if same and line["step"] <= step:
+                one = Best(line["step"], line["loss"], line["answered"])
+                best = one if best is None or one.beats(best) else best
+        if best is None or not self.checkpoints.at(best.step).is_dir():
+            return None
+        self.checkpoints.mark_best(best.step)
+        return best
 
     def _line(self, step: int, losses: dict[str, float], seconds: float) -> dict[str, Any]:
         return {
             "step": step,
             "split": self.settings.split,
-            "questions": self.questions,
+            "asked": self.asked,
             "seconds": round(seconds, 3),
             **losses,
         }
