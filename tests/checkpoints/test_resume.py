@@ -137,7 +137,7 @@ def test_every_checkpoint_is_in_the_event_log(killed: Path) -> None:
 def test_nothing_half_written_is_left(killed: Path) -> None:
     assert [path for path in killed.rglob("*") if "partial" in path.name] == []
     kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
-    assert kept == ["step-00000039", "step-00000040"]
+    assert kept == ["best.json", "step-00000039", "step-00000040"]
 
 
 def snapshot(run: Path) -> dict[str, tuple[bytes, int]]:
