@@ -57,8 +57,9 @@ TESTED: tuple[tuple[str, ...], ...] = (
     ("pipeline", "virtual_pipeline", "expert"),
 )
 """The layouts that were compared with one process: the sizes above 1 of each, with any number of
-data-parallel ranks. ``benchmarks/equalities.py`` does it for all of them, stages, dealings, ways to
-accumulate and the distributed optimizer (``docs/results/equalities.md``);
+data-parallel ranks. ``benchmarks/equalities.py`` does it for all of them: packed and unpacked,
+accumulated, with the distributed optimizer, in the stages and dealings of its table
+(``docs/results/equalities.md``);
 ``tests/training/test_layouts.py`` for most of them on every push."""
 
 

@@ -6,13 +6,13 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from unimoe_mcore.checkpoints.loading import begin_with, load_sources
@@ -152,9 +152,7 @@ def _let_go(wrapped: Sequence[DistributedDataParallel], optimizer: Any) -> None:
     for each in wrapped:
         each.grad_accs.clear()
         for module in each.modules():
-            vars(getattr(module, "token_dispatcher", None) or _NOTHING).pop("probs", None)
+            if isinstance(module, MoELayer):
+                vars(module.token_dispatcher).pop("probs", None)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         vars(part).clear()
-
-
-_NOTHING = SimpleNamespace()
