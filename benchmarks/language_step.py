@@ -14,6 +14,7 @@ import os  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
@@ -39,6 +40,8 @@ from unimoe_mcore.training.step import train_step  # noqa: E402
 
 EXPERTS = 4
 TRAINER = TrainerConfig(lr=1e-3, warmup=0, min_lr=1.0, precision="fp32")
+BALANCE = 0.05
+"""Coefficient of the balancing loss where experts are divided."""
 TRIALS = 3
 """Steps by which Mixtral's way to compute experts is chosen, after one that is not counted."""
 WAYS = ("eager", "grouped_mm")
@@ -54,17 +57,26 @@ def ids_of(vocabulary: int, sequences: int, length: int) -> Tensor:
 
 
 class Ours:
-    """The engine as a run has it: ``TrainModule`` and ``train_step``; each rank an equal share."""
+    """The engine as a run has it: ``TrainModule`` and ``train_step``; each rank an equal share.
 
-    def __init__(self, language: LanguageConfig, sequences: int, length: int) -> None:
+    Args:
+        balanced: train with the balancing loss over the global batch, as who divides experts does.
+    """
+
+    def __init__(
+        self, language: LanguageConfig, sequences: int, length: int, balanced: bool = False
+    ) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        moe = MoEConfig(placement="all")
+        if balanced:
+            moe = replace(moe, balance="global", balance_coefficient=BALANCE)
         recipe = Recipe(
             stage=StageConfig(
                 kind="moe",
                 experts=["base"] * EXPERTS,
                 train=["embeddings", "norms", "attention", "router", "experts"],
             ),
-            model=ModelConfig(language, MoEConfig(placement="all")),
+            model=ModelConfig(language, moe),
             parallel=ParallelConfig(processes=ranks, expert=ranks),
             trainer=TRAINER,
         )
@@ -83,11 +95,12 @@ class Ours:
         ]
         return collate(samples, pad_id=0, multiple=64)
 
-    def step(self, exact: bool = False) -> dict[str, float]:
+    def step(self, exact: bool = False, record: bool = False) -> dict[str, float]:
         """One packed row a rank.
 
         Args:
             exact: also give the gradient norm added up in fp64.
+            record: also give how much more than their share the busier half of the experts gets.
         """
         norms: list[float] = []
         optimizer = self.module.optimizer
@@ -99,10 +112,14 @@ class Ours:
 
         if exact:
             optimizer.get_grad_norm = measure_both
-        result = train_step(self.module, [self.batch], 0)
+        result = train_step(self.module, [self.batch], TRAINER.router_every - 1 if record else 0)
         optimizer.get_grad_norm = measure
         total = result.sums.sum(0)
         found = {"loss": (total[0] / total[1]).item(), "norm": result.grad_norm}
+        if record:
+            halves = [(sum(load[: EXPERTS // 2]), sum(load[EXPERTS // 2 :]))
+                      for load in result.routing["router/load"].values()]  # fmt: skip
+            found["busier"] = statistics.mean(max(both) / sum(both) * 2 for both in halves)
         return found | ({"exact": norms[0]} if exact else {})
 
     def _norm(self) -> float:
@@ -238,7 +255,7 @@ SIDES = {"ours": Ours, "mixtral": Mixtral}
 def main() -> None:
     sides: list[Any] = []
 
-    def build(side: str, language: dict[str, Any], **shape: int) -> dict[str, Any]:
+    def build(side: str, language: dict[str, Any], **shape: Any) -> dict[str, Any]:
         sides[:] = [SIDES[side](LanguageConfig(**language), **shape)]
         return {}
 

@@ -52,7 +52,7 @@ def ablate() -> dict[str, dict[str, Any]]:
         (without_te.patch_weight_gradients, weight_gradient_in_its_buffer),
         (without_te.patch_multi_tensor, clipped_gradients),
         (without_te.patch_chunk_order, tokens_in_order),
-        (without_te.patch_expert_weights, weighted_expert),
+        (without_te.patch_gated_mlp, gated_expert),
     ]
     for patch, action in cases:
         without = attempt(action)
@@ -358,8 +358,8 @@ def tokens_in_order() -> dict[str, Any]:
     return found
 
 
-def weighted_expert() -> dict[str, Any]:
-    """An expert's output and gradients in fp64, and the most numbers that one product has."""
+def gated_expert() -> dict[str, Any]:
+    """An expert's output and gradients in fp64, and what it does beside its matrix products."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
@@ -378,24 +378,33 @@ def weighted_expert() -> dict[str, Any]:
             weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         tokens = torch.randn(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
         scale = torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_()
-        with _Weighing() as products:
+        with _Passes() as passes:
             output, _ = expert(tokens, scale)
-        output.square().sum().backward()
+            output.square().sum().backward()
     found = [output, tokens.grad, scale.grad, *(weight.grad for weight in expert.parameters())]
     return {
         "values": [value.flatten().tolist() for value in found if value is not None],
-        "widest": products.widest,
+        "widest": passes.widest,
+        "idle": passes.idle,
     }
 
 
-class _Weighing(TorchDispatchMode):
-    """The most numbers that a product with one factor per token has."""
+class _Passes(TorchDispatchMode):
+    """How wide tokens are where they are weighed, and how often numbers are only moved.
+
+    Attributes:
+        widest: numbers of the widest product with one factor per token.
+        idle: joins, and additions of a constant.
+    """
 
     widest = 0
+    idle = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mul.Tensor and args[1].shape[-1] == 1:
+        if func is torch.ops.aten.mul.Tensor and args[1].shape[-1:] == (1,):
             self.widest = max(self.widest, args[0].numel())
+        constant = func is torch.ops.aten.add.Tensor and not isinstance(args[1], torch.Tensor)
+        self.idle += func is torch.ops.aten.cat.default or constant
         return func(*args, **(kwargs or {}))
 
 

@@ -127,9 +127,10 @@ def test_tokens_in_order_are_not_copied(ranks: list[dict[str, Any]]) -> None:
     assert case["patched"]["out of order"] == case["without"]["out of order"]
 
 
-def test_experts_are_weighed_where_tokens_are_narrow(ranks: list[dict[str, Any]]) -> None:
-    case = ranks[0]["patch_expert_weights"]
+def test_gated_mlps_do_no_idle_work(ranks: list[dict[str, Any]]) -> None:
+    case = ranks[0]["patch_gated_mlp"]
     assert (case["without"]["widest"], case["patched"]["widest"]) == (5 * 12, 5 * 2)
+    assert case["without"]["idle"] > case["patched"]["idle"] == 0
     for before, after in zip(case["without"]["values"], case["patched"]["values"], strict=True):
         assert after == pytest.approx(before, rel=1e-12)
 
