@@ -81,13 +81,15 @@ SPARSE = {
 
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "base": ("base", ()),
+    "base, untied": ("base", ("model.language.tied=false",)),
     "stage 1": ("stage1", ()),
     "stage 2": ("stage2", ("stage.expert=speech",)),
     "stage 3": ("stage3", ()),
     "stage 1, text only": ("stage1", ("stage.train=[connector.speech]", *TEXT)),
     "stage 3, text only": ("stage3", TEXT),
 }
-"""Name -> recipe and overrides. The text-only ones have no medium on any rank."""
+"""Name -> recipe and overrides. The text-only ones have no medium on any rank; the untied one has
+an output layer with weights of its own."""
 
 ONE_MICROBATCH = "data.tokens_per_microbatch=4096"
 FOUR_MICROBATCHES = {1: 80, 2: 40, 4: 30}
@@ -164,6 +166,8 @@ def _variants(stage: str, layout: Layout) -> list[str]:
     chosen = ["balanced"]
     if stage.endswith("text only"):
         return chosen
+    if stage.endswith("untied"):
+        return [*chosen, "distributed optimizer"]
     if layout.data_ranks > 1 and stage != "base":
         chosen += ["sharded", "skewed"]
     return [*chosen, "unpacked", "accumulated", "distributed optimizer"]

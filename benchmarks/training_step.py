@@ -32,6 +32,7 @@ class Size:
         name: for the table.
         sequences: of the batch, all of ``length`` tokens, without padding.
         rounds: steps of each side that are counted.
+        warm: steps that the balancing loss has before two processes are timed.
         language: fields of ``LanguageConfig``.
     """
 
@@ -39,6 +40,7 @@ class Size:
     sequences: int
     length: int
     rounds: int
+    warm: int
     language: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,12 +50,13 @@ class Size:
 
 
 SIZES = (
-    Size("hidden 256", 4, 256, 15),
+    Size("hidden 256", 4, 256, 15, 20),
     Size(
         "SmolLM2-135M's",
-        2,
+        4,
         128,
         5,
+        8,
         {
             "blocks": 30,
             "hidden": 576,
@@ -66,8 +69,8 @@ SIZES = (
     ),
 )
 QUICK = (
-    Size("quick", 2, 32, 2, {"blocks": 2, "hidden": 32, "ffn": 48, "vocabulary": 128}),
-    Size("quick, 2 groups", 2, 64, 2, {"blocks": 2, "hidden": 48, "ffn": 64, "kv_heads": 2}),
+    Size("quick", 2, 32, 2, 2, {"blocks": 2, "hidden": 32, "ffn": 48, "vocabulary": 128}),
+    Size("quick, 2 groups", 2, 64, 2, 2, {"blocks": 2, "hidden": 48, "ffn": 64, "kv_heads": 2}),
 )
 SAMPLES, ROUNDS = 16, 7
 ALONE: dict[str, tuple[str, ...]] = {
@@ -191,39 +194,72 @@ def met(what: str, value: float, target: float) -> str:
 
 def language(size: Size, rows: list[str], said: list[str]) -> None:
     """Ours beside Mixtral, then two of our processes beside one."""
-    build: dict[str, Any] = {
-        "language": size.language,
-        "sequences": size.sequences,
-        "length": size.length,
-    }
-    module = "benchmarks.language_step"
+    build = {"language": size.language, "length": size.length}
+    beside_mixtral(size, build, rows, said)
+    two_beside_one(size, build, rows, said)
+    said.append(at_once(size, build))
+
+
+LANGUAGE = "benchmarks.language_step"
+
+
+def beside_mixtral(size: Size, build: dict[str, Any], rows: list[str], said: list[str]) -> None:
+    """Ours and transformers' model, one process each."""
+    build = {**build, "sequences": size.sequences}
     with ExitStack() as stack:
-        ours = started(stack, module, side="ours", **build)
+        ours = started(stack, LANGUAGE, side="ours", **build)
         first = [step(ours, exact=True) for _ in range(2)]
-        with ExitStack() as inner:
-            mixtral = started(inner, module, side="mixtral", **build)
-            same = like(f"{size.name}, Mixtral", first, mixtral)
-            mixtral[0].tell("choose")
-            choice = mixtral[0].answer()
-            found = in_turn({"Mixtral": lambda: step(mixtral), "ours": lambda: step(ours)},
-                            size.rounds)  # fmt: skip
-        rows.append(row(size.name, "Mixtral", found, size.tokens, ""))
-        cell = compared(found, "ours", "Mixtral", "Mixtral's")
-        rows.append(row(size.name, "ours", found, size.tokens, cell))
-        said.append(
-            met(f"{size.name}, ours over Mixtral", ratio(found, "ours", "Mixtral"), MIXTRAL)
-        )
-        # Memory does not hold Mixtral's optimizer and those of three of ours: it has ended.
-        two = started(stack, module, ranks=2, side="ours", **build)
-        same += like(f"{size.name}, EP=2", first, two)
-        found = in_turn({"ours": lambda: step(ours), "EP=2": lambda: step(two)}, size.rounds)
-    rows.append(row(size.name, "ours", found, size.tokens, "again, beside two processes"))
-    cell = compared(found, "EP=2", "ours", "one process's")
-    rows.append(row(size.name, "EP=2", found, size.tokens, cell))
-    said.append(met(f"{size.name}, EP=2 over one process", ratio(found, "EP=2", "ours"), TWO))
+        mixtral = started(stack, LANGUAGE, side="mixtral", **build)
+        same = like(f"{size.name}, Mixtral", first, mixtral)
+        mixtral[0].tell("choose")
+        choice = mixtral[0].answer()
+        found = in_turn({"Mixtral": lambda: step(mixtral), "ours": lambda: step(ours)},
+                        size.rounds)  # fmt: skip
+    rows.append(row(size.name, "Mixtral", found, size.tokens, ""))
+    cell = compared(found, "ours", "Mixtral", "Mixtral's")
+    rows.append(row(size.name, "ours", found, size.tokens, cell))
+    said.append(met(f"{size.name}, ours over Mixtral", ratio(found, "ours", "Mixtral"), MIXTRAL))
     said.append(f"Relative differences of the first two steps: {'; '.join(same)}.")
     said.append(f"{size.name}: Mixtral's experts are computed by `{choice['chosen']}`, the fastest "
                 f"here: {_told(choice['tried'])}.")  # fmt: skip
+
+
+def two_beside_one(size: Size, build: dict[str, Any], rows: list[str], said: list[str]) -> None:
+    """Experts divided between two processes, with the balancing loss that this calls for."""
+    build = {**build, "sequences": size.sequences, "balanced": True}
+    with ExitStack() as stack:
+        one = started(stack, LANGUAGE, side="ours", **build)
+        first = [step(one, exact=True) for _ in range(2)]
+        two = started(stack, LANGUAGE, ranks=2, side="ours", **build)
+        same = like(f"{size.name}, EP=2", first, two)
+        for _ in range(size.warm):
+            step(one), step(two)
+        found = in_turn({"one": lambda: step(one), "EP=2": lambda: step(two)}, size.rounds)
+        busier = step(two, record=True)["busier"]
+    rows.append(row(size.name, "ours, balanced", found | {"ours, balanced": found["one"]},
+                    size.tokens, "beside two processes"))  # fmt: skip
+    cell = compared(found, "EP=2", "one", "one process's")
+    rows.append(row(size.name, "EP=2", found, size.tokens, cell))
+    said.append(met(f"{size.name}, EP=2 over one process", ratio(found, "EP=2", "one"), TWO))
+    fastest = [min(one["seconds"] for one in found[side]) for side in ("one", "EP=2")]
+    said.append(
+        f"{size.name}, EP=2 over one process, the fastest step of each: "
+        f"{fastest[0] / fastest[1]:.2f}; the busier process has {busier:.2f} of its share of "
+        f"tokens."
+    )
+    said.append(f"Relative differences of the first two steps: {'; '.join(same)}.")
+
+
+def at_once(size: Size, build: dict[str, Any]) -> str:
+    """What two processes lose by nothing but running at the same time on this machine."""
+    build = {**build, "sequences": size.sequences // 2}
+    with ExitStack() as stack:
+        pair = [started(stack, LANGUAGE, side="ours", **build)[0] for _ in range(2)]
+        found = in_turn({"alone": lambda: step(pair[:1]), "both": lambda: step(pair)}, size.rounds)
+    return (
+        f"{size.name}, two processes that share nothing, half of the sequences each: computing at "
+        f"once, each takes {1 / ratio(found, 'both', 'alone'):.2f} times as long as alone."
+    )
 
 
 def _told(tried: dict[str, float]) -> str:
@@ -288,7 +324,9 @@ NOTES = (
     "Language model: all parts train, experts in all blocks (4, top-2), every token but each "
     "sequence's last is learnt. Mixtral is transformers' `MixtralForCausalLM` with sdpa attention "
     "on the sequences as a batch without padding; ours is `TrainModule` and `train_step` on one "
-    "packed row (EP=2: half of the sequences a rank). Both start from the same weights.",
+    "packed row. Both start from the same weights. EP=2 is half of the sequences a rank, beside "
+    "one process with all of them; both train with the balancing loss over the global batch "
+    "(0.05), since a process that has more than its share of tokens keeps the other waiting.",
     f"Mixed samples: stage 3 of the tiny recipe (LoRA, router and connectors train), {SAMPLES} "
     "samples: pictures of 160 x 160, speech of 2 to 5 s, sounds of 1 to 4 s, text alone, a quarter "
     "each; real EfficientNet-Lite0 and Whisper tiny.en. The official step is written anew in plain "

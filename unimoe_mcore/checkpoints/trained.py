@@ -49,7 +49,8 @@ class Owned:
 def checkpoint_pieces(chunks: Sequence[UniMoEModel], optimizer: Any) -> Iterator[Piece]:
     """All that a checkpoint holds, as far as this rank has it."""
     owned = owned_by(optimizer)
-    for sharded, parameter in trained(chunks):
+    states = [chunk.sharded_state_dict() for chunk in chunks]  # once: the loop stands still for it
+    for sharded, parameter in _trained(chunks, states):
         part = owned.get(parameter)
         if part is None:  # other data-parallel ranks have all of it: only its names
             nothing, held = parameter.new_empty(0, dtype=torch.float32), True
@@ -62,21 +63,26 @@ def checkpoint_pieces(chunks: Sequence[UniMoEModel], optimizer: Any) -> Iterator
         for prefix, value in values.items():
             count = None if prefix == MODEL else step
             yield from pieces_of(sharded, parameter.shape, prefix, value, start, held, count)
-    yield from (piece for chunk in chunks for piece in _buffers(chunk))
+    for chunk, state in zip(chunks, states, strict=True):
+        yield from _buffers(chunk, state)
 
 
 def trained(chunks: Sequence[UniMoEModel]) -> Iterator[tuple[Sharded, Parameter]]:
     """The trained parameters, and where each belongs."""
-    for chunk in chunks:
-        state = chunk.sharded_state_dict()
+    return _trained(chunks, [chunk.sharded_state_dict() for chunk in chunks])
+
+
+def _trained(
+    chunks: Sequence[UniMoEModel], states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[Sharded, Parameter]]:
+    for chunk, state in zip(chunks, states, strict=True):
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
                 yield state[name], parameter
 
 
-def _buffers(chunk: UniMoEModel) -> Iterator[Piece]:
+def _buffers(chunk: UniMoEModel, state: dict[str, Any]) -> Iterator[Piece]:
     """Values that training changes without a gradient (a router's bias per expert)."""
-    state = chunk.sharded_state_dict()
     for name, buffer in chunk.named_buffers():
         if name in state and buffer.is_floating_point():
             yield from pieces_of(state[name], buffer.shape, MODEL, buffer)
