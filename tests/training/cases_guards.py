@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ INTERLEAVED = (
 
 def layouts_and_guards(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
     """``layouts`` and, under ``guards``, what is seen from inside."""
-    return layouts(folder, cases) | {
+    found = layouts(folder, cases)
+    before = _threads()
+    return found | {
         "guards": {
             "tensor": _tensor(folder),
             "interleaved": _interleaved(folder),
@@ -41,8 +44,18 @@ def layouts_and_guards(folder: str, cases: dict[str, Any]) -> dict[str, Any]:
             "boundaries": _boundaries(folder),
             "untested": _untested(folder),
             "bad gradient": _bad_gradient(folder),
+            "left": {
+                "groups": len(dist.distributed_c10d._world.pg_map),
+                "threads": max(_everywhere(_threads() - before)),
+            },
         }
     }
+
+
+def _threads() -> int:
+    """Of this process, when the models of past layouts are gone."""
+    gc.collect()
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def references(folder: str, cases: dict[str, Any]) -> dict[str, Any]:

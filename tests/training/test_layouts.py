@@ -262,6 +262,13 @@ def test_an_untested_layout_is_logged_with_what_was_tested(two: dict[str, Any]) 
     assert "pipeline x virtual_pipeline" in event["tested"]
 
 
+def test_past_layouts_leave_no_groups_and_hardly_a_thread(two: dict[str, Any]) -> None:
+    """A gloo group has three threads, a layout over ten groups; a cache of Megatron's keeps one."""
+    left = two["guards"]["left"]
+    assert left["groups"] == 1
+    assert left["threads"] <= 36  # of about ten runs
+
+
 def test_no_rank_takes_a_step_with_a_bad_gradient(two: dict[str, Any]) -> None:
     for said, stayed in two["guards"]["bad gradient"]:
         assert said == "the gradient norm is nan; the step is not taken"
