@@ -157,7 +157,8 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
             of steps here were saved after different numbers of steps.
     """
     owned = owned_by(optimizer)
-    for sharded, parameter in trained(chunks):
+    states = [chunk.sharded_state_dict() for chunk in chunks]
+    for sharded, parameter in _trained(chunks, states):
         for piece in pieces_of(sharded, parameter.shape, MODEL, parameter.data):
             reader.fill(piece)
         part = owned.get(parameter)
@@ -167,8 +168,8 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
         for prefix, value in values.items():
             for piece in pieces_of(sharded, parameter.shape, prefix, value, part.start):
                 reader.fill(piece)
-    for chunk in chunks:
-        for piece in _buffers(chunk):
+    for chunk, state in zip(chunks, states, strict=True):
+        for piece in _buffers(chunk, state):
             reader.fill(piece)
     _take_up_steps(reader, chunks, owned)
 
