@@ -25,7 +25,7 @@ MOST_WRITTEN = 50
 
 
 @dataclass
-class _Counted:
+class Counted:
     """Tokens of one group and kind.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pathways:
     def __init__(self, markers: Iterable[int]) -> None:
         self._markers = np.array(sorted(markers))
         self.blocks: list[int] = []
-        self.counted: dict[tuple[str, str], _Counted] = {}
+        self.counted: dict[tuple[str, str], Counted] = {}
 
     def add(
         self, batch: MicroBatch, first: Mapping[int, Tensor], chosen: Mapping[int, Tensor]
@@ -84,14 +84,14 @@ class Pathways:
             for kind, of_kind in zip(KINDS, (media, ~media), strict=True):
                 where = (groups == number) & of_kind
                 if where.any():
-                    counted = self.counted.setdefault((group, kind), _Counted())
+                    counted = self.counted.setdefault((group, kind), Counted())
                     counted.add(ways[:, where], maps[:, where].sum(1))
 
     def merge(self, other: Pathways) -> None:
         """Add what another rank counted."""
         self.blocks = self.blocks or other.blocks
         for key, theirs in other.counted.items():
-            mine = self.counted.setdefault(key, _Counted())
+            mine = self.counted.setdefault(key, Counted())
             mine.tokens += theirs.tokens
             mine.paths += theirs.paths
             if theirs.choices is not None:

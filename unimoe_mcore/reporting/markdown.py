@@ -99,7 +99,7 @@ def inline(text: Text) -> str:
 def _piece(piece: Piece) -> str:
     if isinstance(piece, Strong):
         words = escaped(piece.text)
-        return words and f"**{words.strip()}**" + " " * (words != words.rstrip())
+        return words and f"**{words.strip()}**" + " " * words.endswith(" ")
     if isinstance(piece, Code) and not re.search(r"[`|\n]", piece.text):
         return f"`{piece.text}`"
     return escaped(piece.text if isinstance(piece, Code) else piece)
@@ -107,7 +107,7 @@ def _piece(piece: Piece) -> str:
 
 def escaped(text: str) -> str:
     """Plain text in one line: what Markdown or HTML would take for a mark stays itself."""
-    return re.sub(r"([\\`*_{}\[\]<>|~#&$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|~#&$])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
 def write_markdown(document: Document, folder: Path) -> Path:
