@@ -40,7 +40,7 @@ MOST_POINTS = 240
 SHOWN_WAYS = 5
 """Ways that a picture shows."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are not formulas
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # the same picture has the same bytes

@@ -118,8 +118,8 @@ def write_markdown(document: Document, folder: Path) -> Path:
     """
     text, files = markdown(document)
     (folder / FILES).mkdir(parents=True, exist_ok=True)
-    for path, data in files.items():
-        (folder / path).write_bytes(data)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
     path = folder / "report.md"
     path.write_text(text, encoding="utf8")
     return path

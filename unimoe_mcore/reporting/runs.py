@@ -116,7 +116,7 @@ def read_run(path: Path) -> Run:
     directory = RunDirectory(path, writes=False)
     try:
         text = directory.config.read_text(encoding="utf8")
-        config = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # PyYAML and OmegaConf raise many kinds
         raise UserError(
             f"{path} is no run: it has no config.yaml that can be read; name folders such as "
