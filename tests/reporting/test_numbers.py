@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,3 +227,30 @@ def test_what_was_learnt_and_what_not_is_said(tmp_path: Path) -> None:
     path.write_text(lines([r | {"exact": True} for r in good]))
     text, _ = markdown(document(gather([tmp_path / "runs" / "stage1"])))
     assert "- Every task is above its majority answer beyond the 95 % interval." in text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_runs_that_differ_in_seeds_only_are_taken_together(tmp_path: Path) -> None:
+    runs = write_schedule(tmp_path, data="0" * 64)
+    for name, key, value in (
+        ("stage3-b", "seed", 7),
+        ("stage3-c", "seed", 8),
+        ("faster", "lr", 0.1),
+    ):
+        shutil.copytree(runs / "stage3", runs / name)
+        config = json.loads((runs / name / "config.yaml").read_text())
+        config |= {"name": name, "trainer": config["trainer"] | {key: value}}
+        (runs / name / "config.yaml").write_text(json.dumps(config))
+        again = answers(random.Random(name), list(TASKS))
+        (runs / name / "evaluation" / "after.test.jsonl").write_text(lines(again))
+    given = ["stage3", "dense", "stage3-b", "faster", "stage3-c"]
+    tables = Tables(page(document(gather([runs / name for name in given]))))
+    rows = tables.under("Over seeds")
+    assert rows[0] == ["modality", "stage3, stage3-b, stage3-c"]
+    for group, row in zip(GROUPS, rows[1:], strict=False):
+        shares = [
+            sum(r["exact"] for r in records(runs / name) if r["group"] == group) / 9
+            for name in ("stage3", "stage3-b", "stage3-c")
+        ]
+        mean = sum(shares) / 3
+        assert row == [group, f"{mean:.2f} ({min(shares):.2f} to {max(shares):.2f})"]

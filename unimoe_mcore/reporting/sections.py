@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -32,7 +31,8 @@ from unimoe_mcore.reporting.results import (
     stage_changes,
 )
 from unimoe_mcore.reporting.routing_section import routing_section
-from unimoe_mcore.reporting.runs import Run
+from unimoe_mcore.reporting.seeds import repeated, spread
+from unimoe_mcore.reporting.training_section import training_section
 
 TASKS = {
     "img_group": "which kind of thing is the picture (unseen emoji)",
@@ -60,7 +60,7 @@ def document(results: Results) -> Document:
         *_head(results),
         *_answers(results),
         *_held_out_loss(results),
-        *_training(results),
+        *training_section(results),
         *routing_section(results),
         *_examples(results),
         *_configuration(results),
@@ -235,7 +235,27 @@ def _by_modality(results: Results) -> list[Block]:
         if any(group in scores for scores in columns)
     ]
     head = ["modality", "questions", *(judged.title for judged in results.finals)]
-    return [Heading(3, "By modality"), Table(head, rows)]
+    return [Heading(3, "By modality"), Table(head, rows), *_over_seeds(results)]
+
+
+def _over_seeds(results: Results) -> list[Block]:
+    """The same over the runs of a recipe, where several that differ in seeds only were given."""
+    recipes = repeated(results)
+    if not recipes:
+        return []
+    rows: list[list[Text]] = []
+    for group in results.groups():
+        scores = [[judged.scores(by="group") for judged in same] for same in recipes]
+        if all(group in each for same in scores for each in same):
+            rows.append([group, *(spread(each[group].share for each in same) for same in scores)])
+    means = [Strong(spread(judged.mean() for judged in same)) for same in recipes]
+    rows.append([Strong("mean over tasks"), *means])
+    head = ["modality", *(", ".join(judged.title for judged in same) for same in recipes)]
+    words = (
+        "Mean over runs of one recipe that differ in their seeds only, and in brackets the lowest "
+        "and the highest of them."
+    )
+    return [Heading(3, "Over seeds"), Table(head, rows), Paragraph(words)]
 
 
 def stages_table(results: Results) -> Table:
@@ -303,79 +323,6 @@ _LOSS = (
     "else) and after the run. The change is the mean over questions of the difference on the same "
     "question, with its paired 95 % interval."
 )
-
-
-def _training(results: Results) -> list[Block]:
-    runs = [run for run in results.runs if run.metrics]
-    blocks: list[Block] = [Heading(2, "Training")]
-    if not runs:
-        return [*blocks, Paragraph("No step has been recorded yet.")]
-    blocks += [
-        figures.curves(runs),
-        Paragraph(
-            "Loss per label token of each modality, smoothed. Circles: the same on held-out "
-            "questions, where the run was validated."
-        ),
-        Table(
-            [
-                "run",
-                "steps",
-                "samples",
-                "tokens",
-                "label tokens",
-                "padding",
-                "tokens/s",
-                "minutes",
-                "data wait",
-                "in collectives",
-                "memory",
-            ],
-            [_cost(run) for run in runs],
-        ),
-        Paragraph(
-            "Samples, tokens and label tokens are those of all steps and processes. Padding: share "
-            "of the packed rows. Tokens/s: median over steps. Minutes: sum over steps. Data wait: "
-            "share of these that the first process waited for its data. In collectives: share "
-            "spent in communication, waiting for slower processes included. Memory: most of any "
-            "process."
-        ),
-    ]
-    return blocks
-
-
-def _cost(run: Run) -> list[Text]:
-    def total(key: str) -> float:
-        return sum(_numbers(run, key))
-
-    seconds, rows = total("seconds"), total("row_tokens")
-    speeds, memory = _numbers(run, "tokens_per_second"), _numbers(run, "memory_bytes")
-    # Lines of an older version have no rows: the share is over those that have.
-    packed = sum(_numbers(run, "tokens", needs="row_tokens"))
-
-    def share(part: float, key: str) -> str:
-        return f"{part / seconds:.1%}" if seconds and _numbers(run, key) else ""
-
-    return [
-        run.title,
-        str(run.taken),
-        f"{total('samples'):,.0f}",
-        f"{total('tokens'):,.0f}",
-        f"{total('label_tokens'):,.0f}",
-        f"{1 - packed / rows:.1%}" if rows else "",
-        f"{statistics.median(speeds):,.0f}" if speeds else "",
-        f"{seconds / 60:.1f}",
-        share(total("data_seconds"), "data_seconds"),
-        share(total("communication_seconds"), "communication_seconds"),
-        f"{max(memory) / 2**30:.1f} GiB" if memory else "",
-    ]
-
-
-def _numbers(run: Run, key: str, needs: str = "") -> list[float]:
-    return [
-        line[key]
-        for line in run.metrics
-        if isinstance(line.get(key), int | float) and (not needs or needs in line)
-    ]
 
 
 def _examples(results: Results) -> list[Block]:
