@@ -115,8 +115,12 @@ def test_a_run_that_it_stands_on_is_missing(runs: Path, source: Path) -> None:
     config["stage"]["start"] = str(runs / "gone" / "gives")
     (runs / "stage3" / "config.yaml").write_text(json.dumps(config))
     text = text_of(runs / "stage3")
-    assert "stage3 took its start from" in text
-    assert "which is not there any more" in text
+    assert "The start of stage3, " in text
+    assert "is not there any more" in text
+    (runs / "imported").mkdir()
+    config["stage"]["start"] = str(runs / "imported")
+    (runs / "stage3" / "config.yaml").write_text(json.dumps(config))
+    assert "is not there any more, or is another" not in text_of(runs / "stage3")
 
 
 def test_moved_runs_find_each_other_by_what_they_are(runs: Path, source: Path) -> None:

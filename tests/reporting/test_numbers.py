@@ -155,7 +155,7 @@ def test_both_forms_hold_the_same_tables(runs: Path) -> None:
     assert len(shown) == len(Tables(page(report)).found)
     for figure in every(report.blocks, Figure):
         for panel in figure.panels:
-            assert files[f"files/{panel.name}.svg"].decode() == panel.svg
+            assert files[f"report-files/{panel.name}.svg"].decode() == panel.svg
             assert panel.svg in page(report)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.reporting.document import (
     Block,
     Bullets,
@@ -25,8 +27,8 @@ from unimoe_mcore.reporting.document import (
     pieces,
 )
 
-FILES = "files"
-"""Folder of pictures and media, beside the text."""
+FILES = "report-files"
+"""Folder of pictures and media, beside the text; what an older report left in it is removed."""
 
 
 def markdown(document: Document) -> tuple[str, dict[str, bytes]]:
@@ -117,9 +119,10 @@ def write_markdown(document: Document, folder: Path) -> Path:
         The path of the text.
     """
     text, files = markdown(document)
-    (folder / FILES).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / FILES, ignore_errors=True)
+    (folder / FILES).mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     path = folder / "report.md"
-    path.write_text(text, encoding="utf8")
+    write_text(path, text)
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.reporting.document import Code, Document, Heading, Media, Strong, pieces
 
 NAME = "page.html.jinja"
@@ -56,5 +57,5 @@ def write_page(document: Document, folder: Path) -> Path:
         Its path.
     """
     path = folder / "report.html"
-    path.write_text(page(document), encoding="utf8")
+    write_text(path, page(document))
     return path

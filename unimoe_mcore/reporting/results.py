@@ -150,6 +150,15 @@ def _majority(results: Results) -> dict[str, float]:
 
 def _notes(results: Results) -> list[str]:
     notes = [problem for run in results.runs for problem in run.problems]
+    absent: dict[tuple[str, Path], list[str]] = {}
+    for run in results.runs:
+        for source in run.missing:
+            absent.setdefault(source, []).append(run.title)
+    for (role, folder), titles in absent.items():
+        notes.append(
+            f"The {role} of {', '.join(titles)}, {folder}, is not there any more, or is another "
+            f"one by now: what that run recorded is missing here."
+        )
     for run in results.given:
         if not run.made:
             notes.append(f"{run.title} is not done ({run.state}).")

@@ -44,6 +44,7 @@ class Run:
         made: ``gives/manifest.json``, without its tensors; empty if it is not done.
         problems: what could not be read, a sentence each.
         stands_on: the runs that it stands on.
+        missing: role and folder of what it stands on and is not there.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Run:
     made: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     stands_on: list[Run] = field(default_factory=list)
+    missing: list[tuple[str, Path]] = field(default_factory=list)
 
     def setting(self, key: str, default: Any = "") -> Any:
         """A value of the recipe by its dotted name."""
@@ -222,10 +224,7 @@ def with_ancestors(paths: Sequence[Path]) -> tuple[list[Run], list[Run]]:
                 if ancestor not in run.stands_on and run not in family(ancestor):
                     run.stands_on.append(ancestor)
             elif not _is_foreign(run, folder):
-                run.problems.append(
-                    f"{run.title} took its {role} from {folder}, which is not there any more, or "
-                    f"is another one by now: what that run recorded is missing here."
-                )
+                run.missing.append((role, folder))
         order.append(run)
         return run
 
@@ -302,8 +301,12 @@ def _hash(place: Path) -> str:
 
 def _is_foreign(run: Run, folder: Path) -> bool:
     """Whether a folder is there and was not given by a run, such as a base that was imported."""
-    here = folder.is_dir() or (run.path.parent / folder.name).is_dir()
-    return here and folder.name != "gives"
+    named = _run_of(folder)
+    beside = run.path.resolve().parent / named.name
+    for there, of_run in ((beside / folder.relative_to(named), beside), (folder, named)):
+        if there.is_dir():
+            return not (of_run / "config.yaml").is_file()
+    return False
 
 
 def _tell_apart(runs: Sequence[Run]) -> None:

@@ -50,6 +50,7 @@ KINDS = {
     "base": "base",
     "align": "stage 1",
     "expert": "stage 2",
+    "dense": "stage 3, dense",
     "moe": "stage 3, mixture of experts",
 }
 
