@@ -24,6 +24,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	@bash tests/slurm/install.sh
+	@bash tests/browser.sh
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh tests/data_pipeline/energon.sh
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from unimoe_mcore.evaluation.report import short
+from unimoe_mcore.reporting.sections import short
 from unimoe_mcore.runtime.run_directory import code_version, machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         elif code := launch(stage):
             return code
     heading("Report")
-    print(_report(schedule, manifest), flush=True)
+    print(_report(schedule), flush=True)
     print(f"\nquickstart: {time.perf_counter() - began:.0f} s", flush=True)
     return 0
 
@@ -115,23 +115,21 @@ def _encode(schedule: Sequence[tuple[str, Recipe]], manifest: Manifest) -> None:
         encode(schedule[-1][1])
 
 
-def _report(schedule: Sequence[tuple[str, Recipe]], manifest: Manifest) -> str:
+def _report(schedule: Sequence[tuple[str, Recipe]]) -> str:
     """Write the report and return what a reader should see of it on the terminal."""
-    from unimoe_mcore.evaluation.report import accuracy_table, write_report
-    from unimoe_mcore.evaluation.results import gather
+    from unimoe_mcore.reporting.markdown import table
+    from unimoe_mcore.reporting.results import gather
+    from unimoe_mcore.reporting.sections import stages_table
+    from unimoe_mcore.reporting.writing import write_report
 
     final = schedule[-1][1]
-    order = [("base", "before", "untrained"), ("base", "after", "base")]
-    order += [("stage1", "before", "before stage1")]
-    order += [(recipe.name, "after", recipe.name) for _, recipe in schedule[1:]]
     runs = Path(final.paths.runs)
-    results = gather(runs, order, manifest, final.trainer.evaluation.split)
-    names = [
-        "base" if e == "base" else Path(e).parent.name.removeprefix("stage2-")
-        for e in final.stage.experts
-    ]
-    path = write_report(results, names, runs / "report")
-    return f"{accuracy_table(results)}\n\nThe whole report with its pictures: {path}"
+    results = gather([runs / final.name])
+    html, _ = write_report(results, runs / "report")
+    return (
+        f"{table(stages_table(results))}\n\nThe whole report: {html} (open it in a browser), "
+        "and beside it the same as report.md"
+    )
 
 
 if __name__ == "__main__":

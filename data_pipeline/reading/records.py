@@ -13,7 +13,7 @@ from imagecodecs import deflate_crc32 as crc32  # libdeflate's: several times as
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading.medium import Medium
-from data_pipeline.shards.index import SampleIndex, ShardIndex
+from data_pipeline.shards.index import MediumIndex, SampleIndex, ShardIndex
 
 if TYPE_CHECKING:
     from data_pipeline.reading.remote import ShardStore
@@ -74,13 +74,18 @@ class RecordReader:
         Raises:
             DataError: as ``record_bytes``.
         """
-        return tuple(
-            Medium(
-                facts.modality,
-                self._checked(shard, sample, facts.member, facts.offset, facts.size, facts.crc32),
-                f"{shard.path.name}:{sample.key}.{facts.member}",
-            )
-            for facts in sample.media
+        return tuple(self.medium(shard, sample, facts) for facts in sample.media)
+
+    def medium(self, shard: ShardIndex, sample: SampleIndex, facts: MediumIndex) -> Medium:
+        """One medium of a sample, undecoded.
+
+        Raises:
+            DataError: as ``record_bytes``.
+        """
+        return Medium(
+            facts.modality,
+            self._checked(shard, sample, facts.member, facts.offset, facts.size, facts.crc32),
+            f"{shard.path.name}:{sample.key}.{facts.member}",
         )
 
     def _checked(

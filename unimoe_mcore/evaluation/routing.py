@@ -25,7 +25,8 @@ def routers(chunks: Sequence[UniMoEModel]) -> Iterator[tuple[UniMoEModel, int, T
 
 
 class RoutingRecorder:
-    """Within its context, keeps the routing map of every MoE layer and micro-batch.
+    """Within its context, keeps the routing map and the first choices of every MoE layer and
+    micro-batch.
 
     Layers are named by the transformer block they belong to. Covers the whole row of tokens, so
     it needs a layout without sequence parallelism, and this pipeline stage's layers only.
@@ -33,6 +34,7 @@ class RoutingRecorder:
 
     def __init__(self, chunks: Sequence[UniMoEModel], enabled: bool) -> None:
         self._maps: dict[int, list[Tensor]] = {}
+        self._firsts: dict[int, list[Tensor]] = {}
         self._routers: dict[int, Any] = {}
         self._hooks: list[RemovableHandle] = []
         if not enabled:
@@ -41,10 +43,12 @@ class RoutingRecorder:
 
     def __enter__(self) -> RoutingRecorder:
         for block, router in self._routers.items():
-            maps = self._maps.setdefault(block, [])
+            kept = self._maps.setdefault(block, []), self._firsts.setdefault(block, [])
 
-            def keep(_: Any, __: Any, output: tuple[Tensor, Tensor], maps: Any = maps) -> None:
-                maps.append(output[1].detach().bool())
+            def keep(_: Any, __: Any, output: tuple[Tensor, Tensor], kept: Any = kept) -> None:
+                weights, chosen = output[0].detach(), output[1].detach().bool()
+                kept[0].append(chosen)
+                kept[1].append(weights.masked_fill(~chosen, float("-inf")).argmax(-1))
 
             self._hooks.append(router.register_forward_hook(keep))
         return self
@@ -57,6 +61,11 @@ class RoutingRecorder:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def choices(self, microbatch: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """First choices ``[tokens]`` and routing maps ``[tokens, experts]`` by block."""
+        firsts = {block: kept[microbatch] for block, kept in self._firsts.items()}
+        return firsts, {block: kept[microbatch] for block, kept in self._maps.items()}
 
     def counts(self, microbatch: int, batch: MicroBatch) -> dict[str, Tensor]:
         """Tokens of every sample of a micro-batch that each expert got, by block.

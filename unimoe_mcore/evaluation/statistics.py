@@ -19,7 +19,7 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     centre = share + z2 / (2 * total)
     half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
     scale = 1 + z2 / total
-    return (centre - half) / scale, (centre + half) / scale
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,10 @@ class RunDirectory:
         """Record of a split's held-out questions, ``before`` or ``after`` training."""
         return self.path / "evaluation" / f"{name}.{split}.jsonl"
 
+    def pathways(self, name: str, split: str) -> Path:
+        """Record of the ways that the tokens of ``evaluation`` took through the experts."""
+        return self.path / "evaluation" / f"{name}.{split}.pathways.json"
+
     @property
     def started(self) -> bool:
         """Whether there is something that other settings or data would contradict."""

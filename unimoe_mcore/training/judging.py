@@ -26,10 +26,12 @@ class Judgement:
         losses: of every token with a label, 0 elsewhere, ``[tokens]`` fp32.
         correct: for every token with a label, whether the likeliest next token is the label,
             ``[tokens]``. Where all tokens of an answer are, greedy decoding gives that answer.
+        likeliest: for every token with a label, the likeliest next token, ``[tokens]`` int64.
     """
 
     losses: Tensor
     correct: Tensor
+    likeliest: Tensor
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def judge(module: TrainModule, batches: Sequence[MicroBatch]) -> list[Judgement]
     # The schedule may have lengthened rows; stages before the last have found nothing.
     lengths = [batch.loss_mask.shape[1] for batch in batches]
     return [
-        Judgement(judgement.losses[:length], judgement.correct[:length])
+        Judgement(*(each[:length] for each in vars(judgement).values()))
         for judgement, length in zip(found, lengths, strict=False)
     ]
 
@@ -63,8 +65,9 @@ def _judge(
     whole = gather_from_tensor_model_parallel_region(logits)[0].float()
     labels = batch.labels[0, places]
     losses = torch.nn.functional.cross_entropy(whole, labels, reduction="none")
-    row = torch.zeros_like(batch.loss_mask[0])
+    row, likeliest = torch.zeros_like(batch.loss_mask[0]), whole.argmax(-1)
     return Judgement(
         row.index_copy(0, places, losses),
-        row.index_copy(0, places, (whole.argmax(-1) == labels).float()).bool(),
+        row.index_copy(0, places, (likeliest == labels).float()).bool(),
+        torch.zeros_like(batch.labels[0]).index_copy(0, places, likeliest),
     )

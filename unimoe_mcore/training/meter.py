@@ -26,6 +26,7 @@ class Measured:
 
     Attributes:
         operations: that the step needs (``unimoe_mcore.model.operations``), of all ranks.
+        row_tokens: of the global batch as it was packed, padding included.
         communication_seconds: in collectives, waiting for slower ranks included; mean of ranks.
         optimizer_seconds: clipping and stepping; of the slowest rank.
         memory_bytes: most memory used so far, of the rank that used most.
@@ -36,6 +37,7 @@ class Measured:
     """
 
     operations: int
+    row_tokens: int
     communication_seconds: float
     optimizer_seconds: float
     memory_bytes: int
@@ -85,21 +87,24 @@ class Meter:
         """
         waited = stop_clock()
         busy = time.perf_counter() - self._began - waited
-        operations = 0
+        operations = row_tokens = 0
         if self._counts:
+            row_tokens = sum(batch.input_ids.shape[1] for batch in batches)
             operations = self._language(batches) + self._tower_operations() - self._encoded
         loads = [b.load for b in batches if b.load is not None]
-        mine = [operations, busy, waited, self._optimizer, peak_memory(), *(x.mine for x in loads)]
+        costs = [operations, row_tokens, busy, waited, self._optimizer, peak_memory()]
+        mine = [*costs, *(x.mine for x in loads)]
         numbers = torch.tensor(mine, dtype=torch.float64, device=device())
         flat = numbers.new_empty(dist.get_world_size() * len(mine))
         dist.all_gather_into_tensor(flat, numbers)
         table = flat.view(-1, len(mine))
-        busiest, read = table[:, 1], table[:, 5:]
+        busiest, read = table[:, 2], table[:, len(costs) :]
         return Measured(
             operations=int(table[:, 0].sum()),
-            communication_seconds=table[:, 2].mean().item(),
-            optimizer_seconds=table[:, 3].max().item(),
-            memory_bytes=int(table[:, 4].max()),
+            row_tokens=int(table[:, 1].sum()),
+            communication_seconds=table[:, 3].mean().item(),
+            optimizer_seconds=table[:, 4].max().item(),
+            memory_bytes=int(table[:, 5].max()),
             balance_busy=(busiest.max() / busiest.mean()).item(),
             balance_read=imbalance(read.amax(0).tolist(), read.mean(0).tolist()) if loads else 1.0,
             balance_planned=imbalance([x.slowest for x in loads], [x.mean for x in loads]),

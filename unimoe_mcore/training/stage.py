@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -50,8 +49,8 @@ from unimoe_mcore.config.parallel import (
     tested_layouts,
 )
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.evaluation.questions import ask, write_records
-from unimoe_mcore.evaluation.summary import held_out_losses, summary, words
+from unimoe_mcore.evaluation.questions import Asked, ask, write_answers
+from unimoe_mcore.evaluation.summary import held_out_losses, words
 from unimoe_mcore.model.memory import recipe_memory
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
@@ -152,7 +151,7 @@ class StageRun:
             self.recipe.name,
             self.directory,
             self.checkpoints,
-            lambda: held_out_losses(self._ask(questions, rows=rows)),
+            lambda: held_out_losses(self._ask(questions, rows=rows).records),
             lambda step: self._save(step, best=True),
             len(rows),
         )
@@ -459,16 +458,15 @@ class StageRun:
             return
         if self.questions is None:
             if self.first_rank:
-                write_records(path, [])
+                write_answers(self.directory, name, settings.split, Asked([]), {})
                 print(f"{self.recipe.name}: the data have no held-out text questions", flush=True)
             return
         routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
-        records = self._ask(self.questions, routing, shown)
+        asked = self._ask(self.questions, routing, shown)
         if self.first_rank:
-            write_records(path, records)
-            self.directory.event(f"evaluated {name}", **summary(records))
-            exact = summary(records)["exact"]
+            facts = self.manifest.datasets.get(settings.split, {})
+            exact = write_answers(self.directory, name, settings.split, asked, facts)
             print(f"{self.recipe.name}: {name} training, {words(exact)}", flush=True)
 
     def _ask(
@@ -477,12 +475,21 @@ class StageRun:
         routing: bool = False,
         shown: str = "",
         rows: Sequence[int] | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> Asked:
         """Held-out questions' answers, on rank 0 (``evaluation/questions.py``)."""
         note = self.directory.notes / f"{QUESTIONS}{dist.get_rank()}"
         with self.pool(questions, note) as pool:
             loader = RowLoader(questions, pool, self.costs, self._left_out())
-            return ask(self.module, loader, self.ranks, self._collate, routing, shown, rows)
+            return ask(
+                self.module,
+                loader,
+                self.ranks,
+                self._collate,
+                self.tokenizer,
+                routing,
+                shown,
+                rows,
+            )
 
     def _left_out(self) -> Quarantine:
         """Held-out questions at which processes of an earlier start died."""
