@@ -1,4 +1,4 @@
-"""``python -m unimoe_mcore.convert SOURCE FOLDER [--dtype bf16|fp32]``: a published model as a base.
+"""``python -m unimoe_mcore.convert SOURCE FOLDER``: a published model as a base.
 
 SOURCE is a Llama in a GGUF file (``.gguf``). FOLDER then holds what a base stage gives: weights
 under our names, tokenizer, manifest; recipes name it in ``stage.base``. The last lines say what

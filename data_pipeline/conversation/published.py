@@ -37,7 +37,9 @@ def with_markers(tokenizer: Tokenizer, origin: str) -> TextTokenizer:
             f"The tokenizer {origin} has the structural tokens of no known chat template ({known})."
         )
     lacking = [marker for marker in MARKERS if marker not in special]
-    spare = sorted((number, name) for name, number in special.items() if name not in template.special)
+    spare = sorted(
+        (number, name) for name, number in special.items() if name not in template.special
+    )
     spare = [(number, name) for number, name in spare if name not in MARKERS]
     if len(spare) < len(lacking):
         raise DataError(

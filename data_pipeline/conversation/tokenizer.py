@@ -120,9 +120,7 @@ def _template(tokenizer: Tokenizer, origin: str) -> ChatTemplate:
     """
     lacking = {
         template.name: [
-            token
-            for token in (*template.special, *MARKERS)
-            if tokenizer.token_to_id(token) is None
+            token for token in (*template.special, *MARKERS) if tokenizer.token_to_id(token) is None
         ]
         for template in TEMPLATES
     }

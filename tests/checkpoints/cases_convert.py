@@ -94,9 +94,8 @@ def compared(path: str, folder: str, ids: list[int]) -> dict[str, Any]:
         "ours": said[0],
         "theirs": said[1],
         "parameters": sum(p.numel() for p in mine.parameters()),
-        "files": sorted(each.name for each in base.iterdir()) == sorted(
-            [TOKENIZER, "manifest.json", "rank-00000.json", "rank-00000.safetensors"]
-        ),
+        "files": sorted(each.name for each in base.iterdir())
+        == sorted([TOKENIZER, "manifest.json", "rank-00000.json", "rank-00000.safetensors"]),
     }
 
 

@@ -146,7 +146,6 @@ def _unpermuted(value: Tensor, name: str, language: LanguageConfig) -> Tensor:
     return pairs.transpose(1, 2).reshape(value.shape)
 
 
-
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [
@@ -176,6 +175,8 @@ def _tokenizer(facts: dict[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]()
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, facts["tokenizer.ggml.token_type"], strict=True)
-    special = [AddedToken(token, special=True, normalized=False) for token, k in kinds if k == _CONTROL]
+    special = [
+        AddedToken(token, special=True, normalized=False) for token, k in kinds if k == _CONTROL
+    ]
     tokenizer.add_special_tokens(special)
     return tokenizer

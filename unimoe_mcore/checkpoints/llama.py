@@ -53,7 +53,11 @@ class Rule:
 
 
 _MATRIX, _NORM = ("vocabulary", "hidden"), ("hidden",)
-_THERE, _ATTENTION, _MLP = "model.layers.{block}.", "decoder.layers.{attention}.", "decoder.layers.{mlp}."
+_THERE, _ATTENTION, _MLP = (
+    "model.layers.{block}.",
+    "decoder.layers.{attention}.",
+    "decoder.layers.{mlp}.",
+)
 
 WHOLE = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (_MATRIX,)),
@@ -61,9 +65,7 @@ WHOLE = (
 )
 HEAD = Rule("output_layer.weight", ("lm_head.weight",), (_MATRIX,))
 BLOCK = (
-    Rule(
-        _ATTENTION + "input_layernorm.weight", (_THERE + "input_layernorm.weight",), (_NORM,)
-    ),
+    Rule(_ATTENTION + "input_layernorm.weight", (_THERE + "input_layernorm.weight",), (_NORM,)),
     Rule(
         _ATTENTION + "self_attention.linear_qkv.weight",
         tuple(f"{_THERE}self_attn.{each}_proj.weight" for each in "qkv"),
@@ -124,9 +126,13 @@ def import_llama(theirs: Mapping[str, Tensor], language: LanguageConfig, source:
     rules = list(_rules(language))
     problems = [p for rule in rules for p in _problems(rule, theirs, language)]
     used = {name: f"language_model.{rule.ours}" for rule in rules for name in rule.theirs}
-    skipped = {name: why for name in theirs if name not in used and (why := _reason(name, language))}
+    skipped = {
+        name: why for name in theirs if name not in used and (why := _reason(name, language))
+    }
     problems += [
-        f"{name} is not known" for name in sorted(theirs) if name not in used and name not in skipped
+        f"{name} is not known"
+        for name in sorted(theirs)
+        if name not in used and name not in skipped
     ]
     if problems:
         raise UserError(f"{source} is no Llama of the shape it says: {'; '.join(problems)}.")

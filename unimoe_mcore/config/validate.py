@@ -84,10 +84,9 @@ def _stage(recipe: Recipe) -> Iterator[str]:
         yield f"name is {recipe.name!r}, it must be a plain folder name"
     if stage.kind != "base" and not stage.base:
         yield f"stage.base is empty, a {stage.kind} stage needs a base to stand on"
-    if stage.kind == "expert":
-        if stage.expert not in recipe.model.towers:
-            known = ", ".join(recipe.model.towers)
-            yield f"stage.expert is {stage.expert!r}, it must name a tower ({known})"
+    if stage.kind == "expert" and stage.expert not in recipe.model.towers:
+        known = ", ".join(recipe.model.towers)
+        yield f"stage.expert is {stage.expert!r}, it must name a tower ({known})"
     if stage.kind in ("expert", "dense") and not stage.start:
         article = "an" if stage.kind == "expert" else "a"
         yield f"stage.start is empty, {article} {stage.kind} stage needs the connectors of stage 1"
