@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import gguf
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from data_pipeline.conversation.template import Rendered
+from data_pipeline.conversation.template import Rendered, render
+from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.reading.collate import MicroBatch, Sample, collate
 from unimoe_mcore.checkpoints.artefact import TOKENIZER, read_manifest
 from unimoe_mcore.checkpoints.pieces import sharded_tensors
@@ -70,33 +73,46 @@ def logits_of(model: UniMoEModel, ids: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def compared(path: str, folder: str, ids: list[int]) -> dict[str, Any]:
-    """Convert a GGUF file in fp32; logits of a prompt and 32 greedy tokens, ours and theirs."""
-    groups.initialise(ParallelConfig())
-    source, base = Path(path), Path(folder)
-    convert(source, base, torch.float32)
+def compared(source: Path, base: Path, question: str) -> dict[str, Any]:
+    """Convert a GGUF file in fp32; logits of a prompt and greedy tokens, ours and theirs."""
+    tokenizer = convert(source, base, torch.float32)[0].tokenizer
+    ids = render([{"from": "human", "value": question}], tokenizer, {}).ids
     other, mine = theirs(source), built(base)
     expected = other(input_ids=torch.tensor([ids])).logits[0]
     found = logits_of(mine, ids)
-    said: list[list[int]] = [[], []]
-    for place, model in enumerate((mine, other)):
-        sequence = list(ids)
-        for _ in range(WORDS):
-            if place:
-                last = other(input_ids=torch.tensor([sequence])).logits[0, -1]
-            else:
-                last = logits_of(mine, sequence)[-1]
-            sequence.append(int(last.argmax()))
-        said[place] = sequence[len(ids) :]
+    said = greedy(ids, lambda sequence: logits_of(mine, sequence)[-1])
     return {
         "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
-        "size": expected.std().item(),
-        "ours": said[0],
-        "theirs": said[1],
+        "deviation": expected.std().item(),
+        "ours": said,
+        "said": TextTokenizer.load(base / TOKENIZER).decode(said),
+        "theirs": greedy(
+            ids, lambda sequence: other(input_ids=torch.tensor([sequence])).logits[0, -1]
+        ),
         "parameters": sum(p.numel() for p in mine.parameters()),
-        "files": sorted(each.name for each in base.iterdir())
-        == sorted([TOKENIZER, "manifest.json", "rank-00000.json", "rank-00000.safetensors"]),
     }
+
+
+def greedy(ids: list[int], last_logits: Callable[[list[int]], Tensor]) -> list[int]:
+    """What is said after a prompt, ``WORDS`` tokens."""
+    sequence = list(ids)
+    for _ in range(WORDS):
+        sequence.append(int(last_logits(sequence).argmax()))
+    return sequence[len(ids) :]
+
+
+def all_cases(folder: str, published: str) -> dict[str, Any]:
+    """A small random model with a tied and an untied head, and a published one if there is."""
+    groups.initialise(ParallelConfig())
+    place = Path(folder)
+    found = {}
+    for name, tied in (("tied", True), ("untied", False)):
+        write_small(place / f"{name}.gguf", tied)
+        found[name] = compared(place / f"{name}.gguf", place / name, "the end")
+    if published:
+        question = "What is the capital of France?"
+        found["published"] = compared(Path(published), place / "published", question)
+    return found
 
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<spare_{n}>" for n in range(5)))
@@ -108,8 +124,6 @@ def write_small(path: Path, tied: bool = True, spare: str = "") -> None:
     Args:
         spare: name of a tensor that no Llama has.
     """
-    from tokenizers import pre_tokenizers
-
     generator = np.random.Generator(np.random.PCG64(0))
     hidden, ffn, heads, kv_heads, head = 64, 96, 4, 2, 16
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "he", "Ġthe"]

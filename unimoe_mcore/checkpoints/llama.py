@@ -29,7 +29,7 @@ def _stacked(parts: Sequence[Tensor], language: LanguageConfig) -> Tensor:
 
 
 def _by_group(parts: Sequence[Tensor], language: LanguageConfig) -> Tensor:
-    """For every key/value group its query heads, then its key, then its value, ``[rows, hidden]``."""
+    """For every key/value group its query heads, its key and its value, ``[rows, hidden]``."""
     groups = zip(*(part.chunk(language.kv_heads) for part in parts), strict=True)
     return torch.cat([torch.cat(group) for group in groups])
 
