@@ -50,6 +50,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
     assert found["difference"] < TOLERANCE
     assert found["deviation"] > 1
     assert found["ours"] == found["theirs"]
+    assert len(found["ours"]) == 32
     assert len(set(found["ours"])) > 5
 
 
