@@ -65,7 +65,9 @@ class PackedAttention(MegatronModule):
         row = _row_of(packed_seq_params, len(query))
         computes = attention_dtype(query.dtype)
         mixed = F.scaled_dot_product_attention(
-            *(row.spread(x.to(computes)) for x in (query, key, value)),
+            row.spread(query.to(computes)),
+            row.spread(key.to(computes)),
+            row.spread(value.to(computes)),
             # Enough: what lies behind a sequence's end is after all of its tokens.
             is_causal=True,
             scale=self.scale,
