@@ -1,6 +1,6 @@
-# make setup | quickstart | test | check | bench | clean
-# Everything happens in .venv, as an ordinary user. `make quickstart` and `make test` make the
-# environment themselves where it is missing.
+# make setup | quickstart | demo | test | check | bench | clean
+# Everything happens in .venv, as an ordinary user. `make quickstart`, `make demo` and `make test`
+# make the environment themselves where it is missing.
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart test check lint types bench lock clean
+.PHONY: setup quickstart demo test check lint types bench lock clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ $(STAMP): requirements.lock requirements-dev.txt
 
 quickstart: $(STAMP)
 	@UNIMOE_PARENT=$$PPID exec $(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
+
+demo: $(STAMP)
+	@UNIMOE_PARENT=$$PPID exec $(PYTHON) -m unimoe_mcore.demo $(ARGS)
 
 test: $(STAMP)
 	@bash tests/slurm/install.sh

@@ -10,9 +10,6 @@ from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.reading.medium import MODALITIES
 
-TEMPLATE = "plain-1"
-"""Name and version of the only template so far; part of the fingerprint of token lengths."""
-
 _MARKER = re.compile("(" + "|".join(f"<{m}>" for m in MODALITIES) + ")")
 
 
@@ -39,7 +36,9 @@ def render(
     tokenizer: TextTokenizer,
     media_tokens: Mapping[str, Sequence[int]],
 ) -> Rendered:
-    """Lay a conversation out as ``<bos> question <ans> answer <eos> question <ans> ...``.
+    """Lay a conversation out by the tokenizer's chat template.
+
+    A conversation that ends with a question becomes the prompt that its answer follows.
 
     Args:
         conversations: alternating turns ``{"from": "human" | "gpt", "value": text}``; the k-th
@@ -86,15 +85,22 @@ def _walk(
 def _walk_learned(
     conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer
 ) -> Iterator[tuple[int | _MarkerOf, bool]]:
-    yield tokenizer.begin, False
-    for turn in conversations:
+    yield from _given(tokenizer.begin)
+    for place, turn in enumerate(conversations):
         if turn["from"] == "human":
+            yield from _given(tokenizer.between if place else [])
+            yield from _given(tokenizer.before_question)
             for piece in _MARKER.split(turn["value"]):
                 if _MARKER.fullmatch(piece):
                     yield _MarkerOf(piece[1:-1]), False
                 else:
-                    yield from ((token, False) for token in tokenizer.encode(piece.strip()))
-            yield tokenizer.answer, False
+                    yield from _given(tokenizer.encode(piece.strip()))
+            yield from _given(tokenizer.after_question)
         else:
             yield from ((token, True) for token in tokenizer.encode(turn["value"]))
             yield tokenizer.end, True
+
+
+def _given(ids: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """Tokens that are not learnt."""
+    return ((token, False) for token in ids)

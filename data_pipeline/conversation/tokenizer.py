@@ -1,7 +1,8 @@
 """The text tokenizer: byte-level BPE by the ``tokenizers`` library, with the system's own markers.
 
 The markers are ordinary special tokens. A medium's marker is repeated once for every
-language-model token of that medium, and the towers' embeddings take those places.
+language-model token of that medium, and the towers' embeddings take those places. Which chat
+template a base was trained with, its tokenizer's structural tokens say.
 """
 
 from __future__ import annotations
@@ -11,33 +12,48 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.conversation.templates import PLAIN, TEMPLATES, ChatTemplate
 from data_pipeline.errors import DataError
 from data_pipeline.reading.medium import MODALITIES
 
-PAD, BEGIN, END, ANSWER = "<pad>", "<bos>", "<eos>", "<ans>"
 MARKERS = tuple(f"<{modality}>" for modality in MODALITIES)
-SPECIAL = (PAD, BEGIN, END, ANSWER, *MARKERS)
 
 
 class TextTokenizer:
     """A BPE tokenizer whose special tokens are known by name.
 
     Attributes:
-        pad, begin, end, answer: ids of the structural tokens.
+        template: the chat template whose structural tokens it has.
+        pad: id of the token that fills up rows.
+        end: id of the token that ends an answer.
+        begin: ids before the first turn.
+        before_question, after_question, between: ids around questions (``ChatTemplate``).
         markers: id of each modality's marker.
     """
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
-        missing = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
-        if missing:
-            raise DataError(f"The tokenizer {origin} lacks the special tokens {missing}.")
+        self.template = _template(tokenizer, origin)
         self._tokenizer = tokenizer
         # Text from a data set must not be able to spell a marker.
         self._tokenizer.encode_special_tokens = True
-        ids = {token: int(tokenizer.token_to_id(token) or 0) for token in SPECIAL}
-        self.pad, self.begin = ids[PAD], ids[BEGIN]
-        self.end, self.answer = ids[END], ids[ANSWER]
-        self.markers = {modality: ids[f"<{modality}>"] for modality in MODALITIES}
+        self.pad, self.end = self._id(self.template.pad), self._id(self.template.end)
+        self.begin = self._structure(self.template.begin)
+        self.before_question = self._structure(self.template.before_question)
+        self.after_question = self._structure(self.template.after_question)
+        self.between = self._structure(self.template.between)
+        self.markers = {modality: self._id(f"<{modality}>") for modality in MODALITIES}
+
+    def _id(self, token: str) -> int:
+        number = self._tokenizer.token_to_id(token)
+        assert number is not None, token  # the template was chosen by what there is
+        return int(number)
+
+    def _structure(self, text: str) -> list[int]:
+        """Ids of a part of the template: structural tokens, and plain text between them."""
+        ids: list[int] = []
+        for piece in self.template.pieces(text):
+            ids += [self._id(piece)] if piece in self.template.special else self.encode(piece)
+        return ids
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
@@ -66,7 +82,7 @@ class TextTokenizer:
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
-            special_tokens=list(SPECIAL),
+            special_tokens=[*PLAIN.special, *MARKERS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -94,3 +110,22 @@ class TextTokenizer:
     def size(self) -> int:
         """Number of tokens."""
         return int(self._tokenizer.get_vocab_size())
+
+
+def _template(tokenizer: Tokenizer, origin: str) -> ChatTemplate:
+    """The chat template that a tokenizer has the structural tokens of.
+
+    Raises:
+        DataError: if it lacks those of every template, or the media's markers.
+    """
+    lacking = {
+        template.name: [
+            token for token in (*template.special, *MARKERS) if tokenizer.token_to_id(token) is None
+        ]
+        for template in TEMPLATES
+    }
+    for template in TEMPLATES:
+        if not lacking[template.name]:
+            return template
+    least = min(lacking.values(), key=len)
+    raise DataError(f"The tokenizer {origin} lacks the special tokens {least}.")

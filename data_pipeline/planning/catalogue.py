@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock
 
-from data_pipeline.conversation.template import TEMPLATE, text_tokens
+from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.planning.plan import Draws, Source
@@ -156,7 +156,8 @@ def open_catalogue(
         DataError: if a dataset is not in the split.
     """
     shards = _shards_by_source(manifest, split, datasets)
-    text = hashlib.sha256((TEMPLATE + tokenizer.serialised()).encode()).hexdigest()[:16]
+    layout = tokenizer.template.name + tokenizer.serialised()
+    text = hashlib.sha256(layout.encode()).hexdigest()[:16]
     identity: list[Any] = [str(manifest.folder.resolve()), manifest.url, text, rule.name]
     identity.append(list(MODALITIES))
     # The index as well as the tar: it says what samples there are and how long their media.

@@ -156,6 +156,27 @@ def test_a_stage_without_experts_has_none_to_divide() -> None:
             compose_recipe("stage1", [f"parallel.{key}=2"])
 
 
+def test_a_dense_stage_has_connectors_to_begin_with_and_no_router() -> None:
+    for override, words in (
+        ("stage.start=''", "a dense stage needs the connectors of stage 1"),
+        ("stage.train=[router, lora]", "parts of a dense stage are embeddings"),
+        ("stage.lora.targets=[experts]", "experts, which a dense stage does not give"),
+        ("parallel.expert=2", "dense stages have no experts"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compose_recipe("dense", [override])
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "dense"])
+def test_a_demo_recipe_is_its_stage_on_real_weights(name: str) -> None:
+    recipe, plain = compose_recipe(name, [f"+demo={name}"]), compose_recipe(name)
+    assert recipe.model.language.blocks == 30
+    assert recipe.model.towers == plain.model.towers
+    assert recipe.trainer.precision == "bf16"
+    assert recipe.stage.kind == plain.stage.kind
+    assert recipe.stage.base == "runs/demo/base/gives"
+
+
 def test_uniform_steps_cannot_be_sharded() -> None:
     for override in ("data.compose=uniform", "data.changes=[{step: 9, compose: uniform}]"):
         with pytest.raises(UserError, match=r"choose data\.deal=balanced"):
@@ -172,7 +193,7 @@ def test_changes_and_combinations_are_typed() -> None:
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="base, stage1, stage2, stage3"):
+    with pytest.raises(UserError, match="base, dense, stage1, stage2, stage3"):
         compose_recipe("stage4")
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ def test_lengths_are_those_of_the_tokenizer_and_template_that_ask(
     assert_counted(opened(texts=other), other, Rule())
     assert first.tokens.tolist() == opened().tokens.tolist()
     assert first.tokens.tolist() != opened(texts=other).tokens.tolist()
-    monkeypatch.setattr(catalogue_module, "TEMPLATE", "another")
+    monkeypatch.setattr(tokenizer, "template", replace(tokenizer.template, name="another"))
     asked: list[object] = []
     monkeypatch.setattr(catalogue_module, "text_tokens", lambda *a: asked.append(a) or 7)
     assert len(opened()) == len(asked)

@@ -173,16 +173,17 @@ def rates(folder: str, extra: list[str]) -> dict[str, Any]:
     return facts
 
 
-def merged(folder: str, extra: list[str]) -> dict[str, Any]:
-    """Logits of an adapted mixture, and of one without adapters made of what it gave merged."""
-    stage = opened(composed(folder, "stage3", "name=adapted", "stage.lora.merge=true", *extra))
+def merged(folder: str, extra: list[str], recipe: str = "stage3") -> dict[str, Any]:
+    """Logits of an adapted model, and of one without adapters made of what it gave merged."""
+    stage = opened(composed(folder, recipe, "name=adapted", "stage.lora.merge=true", *extra))
     fill_adapters(stage)
     wanted, plain = _logits(stage), Path(folder) / "merged"
     module = stage.module
     give(plain, stage.recipe, module.chunks, stage.sources, "", stage.tokenizer)
     closed(stage)
-    bare = ["stage.lora.targets=[]", "stage.train=[router, connectors]"]
-    stage = opened(composed(folder, "stage3", "name=merged", *bare, *extra))
+    rest = "[router, connectors]" if recipe == "stage3" else "[connectors]"
+    bare = ["stage.lora.targets=[]", f"stage.train={rest}"]
+    stage = opened(composed(folder, recipe, "name=merged", *bare, *extra))
     fresh, reader = _logits(stage), ShardReader(plain)
     for chunk in stage.module.chunks:
         for tensor in sharded_tensors(chunk.sharded_state_dict()):

@@ -88,6 +88,7 @@ def one(folder: str, four: dict[str, Any]) -> list[Any]:
         "encoders": case("stage1", ENCODERS, deal="skewed"),
     }
     calls = [("layouts", {"cases": cases}), ("merged", {"extra": [EP1]})]
+    calls.append(("merged", {"extra": [], "recipe": "dense"}))
     return run_distributed(f"{CASES}:together", 1, timeout=200, folder=folder, calls=calls)[0]
 
 
@@ -185,7 +186,7 @@ def test_parameters_are_listed_over_all_ranks(two: list[Any]) -> None:
 
 
 def test_merged_adapters_change_no_logit(two: list[Any], one: list[Any]) -> None:
-    for found in (one[1], two[2]):
+    for found in (one[1], one[2], two[2]):  # one[2]: the dense model
         assert found["adapters"] == []
         assert found["adapted"] > 0.1 * found["largest"]
         assert found["difference"] < 1e-5 * found["largest"]

@@ -90,8 +90,9 @@ def test_wrong_rates_are_refused_in_words(override: str) -> None:
     assert REFUSED[override] in str(refusal.value)
 
 
-def test_only_adapters_of_a_mixture_are_merged_on_demand() -> None:
-    assert compose_recipe("stage3", ["stage.lora.merge=true"]).stage.lora.merge
+def test_adapters_of_a_mixture_or_a_dense_model_are_merged_on_demand() -> None:
+    for recipe in ("stage3", "dense"):
+        assert compose_recipe(recipe, ["stage.lora.merge=true"]).stage.lora.merge
     for recipe in ("stage1", "stage2"):
-        with pytest.raises(UserError, match=r"stage\.lora\.merge=true is for a moe stage"):
+        with pytest.raises(UserError, match=r"stage\.lora\.merge=true is for a moe or dense stage"):
             compose_recipe(recipe, ["stage.lora.merge=true"])

@@ -36,8 +36,8 @@ def give(
     """Write the stage's artefact; a collective over all ranks, visible only when complete.
 
     A base gives its weights and tokenizer, stage 1 its connectors, stage 2 the MLPs with their
-    adapters merged and the specialised connector, stage 3 all that it trained. An encoder that
-    this run or one before it has trained goes with its connector.
+    adapters merged and the specialised connector, stage 3 and a dense stage all that they trained.
+    An encoder that this run or one before it has trained goes with its connector.
 
     Args:
         sources: what the run took.
@@ -55,7 +55,7 @@ def give(
     write_shards(partial, iter(given), rank)
     dist.barrier()
     if rank == 0:
-        towers = {"align": list(recipe.model.towers), "moe": list(recipe.model.towers)}
+        towers = {kind: list(recipe.model.towers) for kind in ("align", "moe", "dense")}
         towers["expert"] = [recipe.stage.expert]
         facts = Manifest(
             kind=recipe.stage.kind,
@@ -119,7 +119,7 @@ def _belongs(name: str, key: str, recipe: Recipe) -> bool:
 
 def _gives_connector(tower: str, recipe: Recipe) -> bool:
     kind = recipe.stage.kind
-    if kind == "moe":
+    if kind in ("moe", "dense"):
         return trains(recipe.stage, f"connector.{tower}")
     return kind == "align" or (kind == "expert" and tower == recipe.stage.expert)
 

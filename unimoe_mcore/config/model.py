@@ -91,8 +91,8 @@ class LoRAConfig:
             empty for no LoRA.
         rank: rank of the product.
         alpha: scale; the product is multiplied by ``alpha / rank``.
-        merge: for a ``moe`` stage: give the adapted weights with the adapters added, in place of
-            the adapters. (An ``expert`` stage always does.)
+        merge: for a ``moe`` or ``dense`` stage: give the adapted weights with the adapters added,
+            in place of the adapters. (An ``expert`` stage always does.)
     """
 
     targets: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from unimoe_mcore.config.model import LoRAConfig
 
-KINDS = ("base", "align", "expert", "moe")
+KINDS = ("base", "align", "expert", "moe", "dense")
 
 OWN_MLP = "base"
 """As an entry of ``experts``: the base's own MLP."""
@@ -40,14 +40,16 @@ class StageConfig:
     Attributes:
         kind: ``base`` (a language model from text; gives a base folder), ``align`` (stage 1:
             gives connectors), ``expert`` (stage 2: gives one expert artefact), ``moe`` (stage 3:
-            gives the mixture's trained parts).
+            gives the mixture's trained parts), ``dense`` (what the mixture is compared with: one
+            MLP a block for all modalities; gives its trained parts).
         base: folder of the base that the stage stands on; empty for ``base``.
         expert: for ``expert``: the modality it is specialised in, a tower's name.
         expert_datasets: for ``expert``: what each modality's run draws from; the recipe points
             ``data.datasets`` into it.
         expert_steps: for ``expert``: each modality's optimizer steps; the recipe points
             ``trainer.steps`` into it.
-        start: for ``expert``: the stage-1 folder whose connectors the run starts from.
+        start: the stage-1 folder whose connectors the run starts from; needed for ``expert`` and
+            ``dense``.
         experts: for ``moe``: one entry per expert, in order: ``base`` (the base's own MLP) or the
             folder that a stage-2 run gave.
         shared_expert: for ``moe``: where an MLP comes from that every token of a block with experts

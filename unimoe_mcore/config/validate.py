@@ -84,12 +84,12 @@ def _stage(recipe: Recipe) -> Iterator[str]:
         yield f"name is {recipe.name!r}, it must be a plain folder name"
     if stage.kind != "base" and not stage.base:
         yield f"stage.base is empty, a {stage.kind} stage needs a base to stand on"
-    if stage.kind == "expert":
-        if stage.expert not in recipe.model.towers:
-            known = ", ".join(recipe.model.towers)
-            yield f"stage.expert is {stage.expert!r}, it must name a tower ({known})"
-        if not stage.start:
-            yield "stage.start is empty, an expert stage needs the connectors of stage 1"
+    if stage.kind == "expert" and stage.expert not in recipe.model.towers:
+        known = ", ".join(recipe.model.towers)
+        yield f"stage.expert is {stage.expert!r}, it must name a tower ({known})"
+    if stage.kind in ("expert", "dense") and not stage.start:
+        article = "an" if stage.kind == "expert" else "a"
+        yield f"stage.start is empty, {article} {stage.kind} stage needs the connectors of stage 1"
     if stage.kind == "moe" and len(stage.experts) < max(2, recipe.model.moe.top_k):
         yield (
             f"stage.experts names {len(stage.experts)} experts, a mixture with top_k="
@@ -124,12 +124,17 @@ def _parts(recipe: Recipe) -> Iterator[str]:
             *connectors,
             *encoders,
         ],
+        "dense": ["embeddings", "norms", "attention", "mlp", "lora", *connectors, *encoders],
     }.get(stage.kind, stage.train)
     for part in stage.train:
         if part not in given:
             known = ", ".join(given)
             yield f"stage.train names {part!r}; parts of a {stage.kind} stage are {known}"
-    targets = {"expert": ["mlp"], "moe": list(LORA_TARGETS)}.get(stage.kind, [])
+    targets = {
+        "expert": ["mlp"],
+        "moe": list(LORA_TARGETS),
+        "dense": ["attention", "mlp"],
+    }.get(stage.kind, [])
     for target in stage.lora.targets:
         if target in LORA_TARGETS and target not in targets:
             yield f"stage.lora.targets names {target}, which a {stage.kind} stage does not give"
@@ -140,8 +145,11 @@ def _parts(recipe: Recipe) -> Iterator[str]:
     if stage.lora.targets and "lora" not in stage.train:
         yield "stage.lora.targets is given, but stage.train does not name lora"
     yield from rate_problems(stage)
-    if stage.lora.merge and not (stage.kind == "moe" and stage.lora.targets):
-        yield "stage.lora.merge=true is for a moe stage with stage.lora.targets, leave it out"
+    if stage.lora.merge and not (stage.kind in ("moe", "dense") and stage.lora.targets):
+        yield (
+            "stage.lora.merge=true is for a moe or dense stage with stage.lora.targets, leave it "
+            "out"
+        )
     if stage.lora.rank < 1:
         yield f"stage.lora.rank is {stage.lora.rank}, it must be at least 1"
 

@@ -13,6 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from unimoe_mcore.runtime.precision import attention_dtype
+
 
 class PackedAttention(MegatronModule):
     """Causal attention that stays inside each packed sequence.
@@ -61,16 +63,17 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs packed_seq_params.")
         row = _row_of(packed_seq_params, len(query))
+        computes = attention_dtype(query.dtype)
         mixed = F.scaled_dot_product_attention(
-            row.spread(query),
-            row.spread(key),
-            row.spread(value),
+            row.spread(query.to(computes)),
+            row.spread(key.to(computes)),
+            row.spread(value.to(computes)),
             # Enough: what lies behind a sequence's end is after all of its tokens.
             is_causal=True,
             scale=self.scale,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        return row.joined(mixed)
+        return row.joined(mixed).to(query.dtype)
 
 
 @dataclass(frozen=True)

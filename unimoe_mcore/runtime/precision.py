@@ -7,6 +7,16 @@ import torch
 from unimoe_mcore.runtime.capabilities import Choice, detect
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def attention_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which PyTorch's fused attention is fast for inputs of ``dtype``.
+
+    Its backward pass on the CPU takes five times as long in bf16 as in fp32: 89 against 16 ms for
+    48 sequences of 64 tokens, 9 heads of 64, one core of a Xeon with AMX.
+    """
+    return torch.float32 if dtype in _HALF and not detect().cuda.value else dtype
 
 
 def choose_precision(wanted: str) -> Choice[str]:

@@ -1,0 +1,93 @@
+"""The demo's schedule, composed for a tiny world; nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.conversation.tokenizer import TextTokenizer
+from data_pipeline.shards.index import Manifest, load_manifest
+from tests.workspace import build_data, overrides
+from unimoe_mcore.demo import DENSE, IDENTICAL, MIXTURES, plan_runs
+from unimoe_mcore.reporting.comparison import Arm, comparison_tables, modality_means, spread
+from unimoe_mcore.reporting.results import Judged
+from unimoe_mcore.reporting.runs import Run as RecordedRun
+from unimoe_mcore.staged import Run
+from unimoe_mcore.training.planned import planned_tokens, tokens_by_step
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return load_manifest(build_data(tmp_path_factory.mktemp("demo") / "data" / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def runs(manifest: Manifest) -> dict[str, Run]:
+    """Every run by its name; the base is no more than its tokenizer."""
+    folder = manifest.folder.parent.parent
+    base = folder / "runs" / "base" / "gives"
+    TextTokenizer.train(["Which colour? red green blue"] * 5, 300).save(base / "tokenizer.json")
+    tiny = [each for each in overrides(folder) if not each.startswith("trainer.steps")]
+    return {run.recipe.name: run for run in plan_runs(manifest, [*tiny, "trainer.warmup=0"])}
+
+
+def test_the_schedule_trains_every_arm(runs: dict[str, Run]) -> None:
+    experts = ["stage2-image", "stage2-speech", "stage2-audio"]
+    assert set(runs) == {"stage1", *experts, *MIXTURES, *DENSE, IDENTICAL}
+    first, *others = runs[MIXTURES[0]].recipe.stage.experts
+    assert first == "base"
+    assert [Path(each).parent.name for each in others] == experts
+    assert runs[IDENTICAL].recipe.stage.experts == ["base"] * 4
+    for name in (*MIXTURES, IDENTICAL):
+        assert runs[name].recipe.parallel.expert == 2
+    assert not any(runs[name].recipe.stage.experts for name in DENSE)
+
+
+def test_an_arm_s_two_runs_differ_in_nothing_but_the_seed(runs: dict[str, Run]) -> None:
+    for first, second in (MIXTURES, DENSE):
+        one, other = runs[first].recipe, runs[second].recipe
+        assert (one.trainer.seed, one.data.seed) == (0, 0)
+        assert (other.trainer.seed, other.data.seed) == (1, 1)
+        assert one.data.datasets == other.data.datasets
+        assert one.stage == other.stage
+
+
+def test_the_dense_model_sees_as_many_tokens(runs: dict[str, Run], manifest: Manifest) -> None:
+    """At least as many as stages 2 and 3, and not a step more than that takes."""
+    wanted = sum(
+        planned_tokens(run.recipe, manifest)
+        for name, run in runs.items()
+        if name.startswith("stage2-") or name == MIXTURES[0]
+    )
+    for name in DENSE:
+        recipe = runs[name].recipe
+        steps = tokens_by_step(recipe, manifest)
+        drawn = [next(steps) for _ in range(recipe.trainer.steps)]
+        assert wanted <= sum(drawn) < wanted + drawn[-1]
+        assert recipe.data.datasets == runs[MIXTURES[0]].recipe.data.datasets
+
+
+def judged(title: str, right: dict[tuple[str, str], tuple[int, int]]) -> Judged:
+    """An evaluation with so many right of so many, by (modality, task)."""
+    records = [
+        {"group": group, "dataset": task, "key": str(n), "exact": n < hits}
+        for (group, task), (hits, total) in right.items()
+        for n in range(total)
+    ]
+    return Judged(RecordedRun(Path(title), title, {}, ""), title, records)
+
+
+def test_the_comparison_is_by_task_and_by_modality() -> None:
+    arm = judged("MoE", {("image", "a"): (5, 10), ("image", "b"): (9, 10), ("text", "c"): (1, 10)})
+    even = judged(
+        "dense", {("image", "a"): (5, 10), ("image", "b"): (5, 10), ("text", "c"): (5, 10)}
+    )
+    assert modality_means(arm) == pytest.approx({"image": 0.7, "text": 0.1})
+    assert spread(arm) == pytest.approx(0.3)
+    assert spread(even) == 0
+    table = comparison_tables([Arm(even, 1000, 2_000_000), Arm(arm, 1500, 10)], {"c": 0.2})
+    assert "| `a` | 10 | 0.00 | 0.50 (0.24 to 0.76) | 0.50 (0.24 to 0.76) |" in table
+    assert "| `c` | 10 | 0.20 | 0.50 (0.24 to 0.76) | 0.10 (0.02 to 0.40) * |" in table
+    assert "| **spread** | 0.000 | 0.300 |" in table
+    assert "| tokens after stage 1 | 1,000 | 1,500 |" in table
