@@ -38,6 +38,7 @@ class TextTokenizer:
         self.pad, self.begin = ids[PAD], ids[BEGIN]
         self.end, self.answer = ids[END], ids[ANSWER]
         self.markers = {modality: ids[f"<{modality}>"] for modality in MODALITIES}
+        self._structural = frozenset(ids.values())
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
@@ -89,6 +90,10 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token stands for text, rather than for structure or for nothing."""
+        return 0 <= token < self.size and token not in self._structural
 
     @property
     def size(self) -> int:
