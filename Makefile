@@ -1,4 +1,4 @@
-# make setup | quickstart | test | check | bench | clean
+# make setup | quickstart | chat | test | check | bench | clean
 # Everything happens in .venv, as an ordinary user. `make quickstart` and `make test` make the
 # environment themselves where it is missing.
 
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart test check lint types bench lock clean
+.PHONY: setup quickstart chat test check lint types bench lock clean
 
 setup: $(STAMP)
 
@@ -22,8 +22,13 @@ $(STAMP): requirements.lock requirements-dev.txt
 quickstart: $(STAMP)
 	@UNIMOE_PARENT=$$PPID exec $(PYTHON) -m unimoe_mcore.quickstart $(ARGS)
 
+# make chat ARGS=runs/stage3: a page in the browser on which a run is asked.
+chat: $(STAMP)
+	@exec $(PYTHON) -m unimoe_mcore.chat $(ARGS)
+
 test: $(STAMP)
 	@bash tests/slurm/install.sh
+	@bash tests/browser.sh
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh tests/data_pipeline/energon.sh
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -200,16 +200,20 @@ def _facts(run: AskedRun, prompt: Prompt, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _speak(arguments: Sequence[str]) -> int:
-    """Under torchrun the process that fails first says why, and all end."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    if not joined():
-        return main(arguments)
-    try:
-        return main(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        leave(error)
+def under_torchrun(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """An entry point of which, under torchrun, the process that fails first says why."""
+
+    def entry(arguments: Sequence[str]) -> int:
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if not joined():
+            return main(arguments)
+        try:
+            return main(arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            leave(error)
+
+    return entry
 
 
 if __name__ == "__main__":
-    sys.exit(speak(_speak))
+    sys.exit(speak(under_torchrun(main)))

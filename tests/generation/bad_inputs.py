@@ -150,6 +150,5 @@ def command_lines(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no process": (["?", "--processes", "0"], "must be at least 1"),
         "experts that cannot be divided": (["?", "--processes", "3"], "cannot be divided evenly"),
         "another checkpoint": (["?", "--checkpoint", "step-9"], "only step-4, step-2"),
-        "no best": (["?", "--checkpoint", "best"], "has no best checkpoint"),
         "an odd checkpoint": (["?", "--checkpoint", "../x"], "name newest, best, or step-N"),
     }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from data_pipeline.conversation.template import Rendered
+from data_pipeline.importers.item import MediaFile
 from data_pipeline.reading.collate import collate
-from data_pipeline.reading.sample import Sample
+from tests.generation.inline import decode_here
 from tests.training.cases_stages import composed, opened
+from unimoe_mcore.generation import prompt
 from unimoe_mcore.generation.answering import Answer, Answerer, load_model
 from unimoe_mcore.generation.asked_run import AskedRun, open_run
 from unimoe_mcore.generation.lockstep import run_along
-from unimoe_mcore.generation.prompt import Prompt
+from unimoe_mcore.generation.prompt import Attachment, Prompt, make_prompt
 from unimoe_mcore.generation.sampling import Sampling
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime import groups
@@ -23,6 +27,8 @@ from unimoe_mcore.training.judging import judge
 from unimoe_mcore.training.stage import StageRun
 
 GREEDY = Sampling()
+MOST = 12
+"""Tokens of an answer."""
 LEARNS = (
     "name=asked",
     "stage.train=[router,experts,mlp,attention,embeddings,norms,connectors]",
@@ -34,6 +40,15 @@ LEARNS = (
     "trainer.evaluation.before=false",
 )
 """A stage 3 in which everything trains, so that after a minute it has something to say."""
+
+
+def prepared(run: Path, row: tuple[str, str, list[MediaFile]]) -> Prompt:
+    """A question of the tiny world, from its files' bytes; decoded in this process."""
+    question, _, media = row
+    files = [Attachment(m.modality, f"file {i}", m.data) for i, m in enumerate(media)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "decode_apart", decode_here)
+        return make_prompt(open_run(run), question, files, MOST)
 
 
 def trained_and_asked(folder: str, prompts: str) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def asked_together(run_folder: Path, questions: list[Prompt]) -> list[dict[str, 
     model = load_model(run, groups.initialise(run.recipe.parallel))
     found: list[Any] = [[]]
     if dist.get_rank() == 0:
-        found = [asked(run, model, questions)]
+        found = [answers_of(run, model, questions)]
     else:
         run_along(model, run.tokenizer.pad)
     dist.broadcast_object_list(found, 0)
@@ -62,7 +77,7 @@ def asked_together(run_folder: Path, questions: list[Prompt]) -> list[dict[str, 
     return answers
 
 
-def asked(
+def answers_of(
     run: AskedRun,
     model: UniMoEModel,
     questions: list[Prompt],
@@ -72,8 +87,8 @@ def asked(
     """Pieces and answer of every question; nothing can be asked afterwards."""
     answerer = Answerer(run, model)
     found = []
-    for prompt in questions:
-        *pieces, answer = answerer.answer(prompt, sampling, cached)
+    for question in questions:
+        *pieces, answer = answerer.answer(question, sampling, cached)
         assert isinstance(answer, Answer)
         found.append({**vars(answer), "pieces": pieces})
     answerer.end()
@@ -84,11 +99,11 @@ def exact(stage: StageRun, questions: list[Prompt], answers: list[dict[str, Any]
     """Whether the evaluation would call each answer exact if it were the right one."""
     groups.initialise(stage.recipe.parallel)
     batches = []
-    for prompt, answer in zip(questions, answers, strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         said = [*answer["tokens"], stage.tokenizer.end]
-        asked_for = prompt.sample.tokens.ids
+        asked_for = question.sample.tokens.ids
         tokens = Rendered([*asked_for, *said], [False] * len(asked_for) + [True] * len(said))
-        sample = Sample(prompt.sample.key, "x", prompt.sample.group, tokens, prompt.sample.media)
+        sample = replace(question.sample, tokens=tokens)
         batches.append(collate([sample], stage.tokenizer.pad, 1))
     judged = judge(stage.module, batches)
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -14,68 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import World
-from tests.distributed import REPOSITORY, run_distributed
-from tests.generation.cases_generation import asked
+from tests.conftest import Asked, World
+from tests.distributed import REPOSITORY
+from tests.generation.cases_generation import answers_of
 from tests.generation.inline import decode_here
-from tests.workspace import DATASETS, branch, questions
 from unimoe_mcore.checkpoints.training import CheckpointFolder
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.generation import prompt
 from unimoe_mcore.generation.answering import load_model
 from unimoe_mcore.generation.asked_run import AskedRun, open_run
-from unimoe_mcore.generation.prompt import Attachment, Prompt, make_prompt
+from unimoe_mcore.generation.prompt import Attachment, make_prompt
 from unimoe_mcore.generation.sampling import Sampling
 from unimoe_mcore.model.towers.encoders.base import Encoder
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime import groups
 
-PER_DATASET = 3
-MOST = 12
-
 
 @pytest.fixture(scope="module")
-def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world in which ``runs/asked`` will be trained."""
-    runs = ("base", "stage1", "stage2-image", "stage2-speech", "stage2-audio")
-    return branch(world.folder, tmp_path_factory.mktemp("asked") / "w", *runs)
-
-
-@pytest.fixture(scope="module")
-def prompts(world: World) -> list[Prompt]:
-    """Some of the held-out questions, from their files' bytes."""
-    run = open_run(world.folder / "runs/stage3")
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt, "decode_apart", decode_here)
-        for dataset in DATASETS:
-            for question, _, media in questions(dataset, "test")[:PER_DATASET]:
-                files = [Attachment(m.modality, f"file {i}", m.data) for i, m in enumerate(media)]
-                found.append(make_prompt(run, question, files, MOST))
-    return found
-
-
-@pytest.fixture(scope="module")
-def together(place: Path, prompts: list[Prompt]) -> dict[str, Any]:
-    """The run, trained; and its answers, with its experts on two processes."""
-    path = place / "prompts.pickle"
-    path.write_bytes(pickle.dumps(prompts))
-    ranks = run_distributed(
-        "tests.generation.cases_generation:trained_and_asked",
-        2,
-        timeout=240,
-        folder=str(place),
-        prompts=str(path),
-    )
-    assert ranks[0] == ranks[1]
-    found: dict[str, Any] = ranks[0]
-    return found
-
-
-@pytest.fixture(scope="module")
-def run(place: Path, together: dict[str, Any]) -> AskedRun:
-    return open_run(place / "runs/asked")
+def run(asked: Asked) -> AskedRun:
+    return open_run(asked.run)
 
 
 @pytest.fixture(scope="module")
@@ -85,43 +42,39 @@ def model(run: AskedRun) -> Iterator[UniMoEModel]:
 
 
 @pytest.fixture(scope="module")
-def alone(run: AskedRun, model: UniMoEModel, prompts: list[Prompt]) -> list[dict[str, Any]]:
-    return asked(run, model, prompts)
+def alone(run: AskedRun, model: UniMoEModel, asked: Asked) -> list[dict[str, Any]]:
+    return answers_of(run, model, asked.prompts)
 
 
-def test_answers_are_those_of_the_evaluation(place: Path, alone: list[dict[str, Any]]) -> None:
+def test_answers_are_those_of_the_evaluation(asked: Asked, alone: list[dict[str, Any]]) -> None:
     """An answer is exact in the record exactly where greedy decoding gives it."""
-    lines = (place / "runs/asked/evaluation/after.test.jsonl").read_text().splitlines()
+    lines = (asked.run / "evaluation/after.test.jsonl").read_text().splitlines()
     records = {record["key"]: record["exact"] for record in map(json.loads, lines)}
-    judged, found = [], []
-    answers = iter(alone)
-    for dataset in DATASETS:
-        for index, (_, right, _) in enumerate(questions(dataset, "test")[:PER_DATASET]):
-            answer = next(answers)
-            found.append(answer["text"] == right and answer["ended"] == "end")
-            judged.append(records[f"{dataset}-{index:04d}"])
+    judged = [records[f"{dataset}-{number:04d}"] for dataset, number, _ in asked.rows]
+    found = [
+        answer["text"] == right and answer["ended"] == "end"
+        for answer, (_, _, right) in zip(alone, asked.rows, strict=True)
+    ]
     assert found == judged
     assert {True, False} == set(found), "one of both would prove little"
 
 
-def test_the_evaluation_calls_every_answer_exact(together: dict[str, Any]) -> None:
-    assert {answer["ended"] for answer in together["answers"]} == {"end"}
-    assert all(together["exact"])
+def test_the_evaluation_calls_every_answer_exact(asked: Asked) -> None:
+    assert {answer["ended"] for answer in asked.answers} == {"end"}
+    assert all(asked.exact)
 
 
-def test_experts_on_two_processes_say_the_same(
-    together: dict[str, Any], alone: list[dict[str, Any]]
-) -> None:
-    for one, two in zip(alone, together["answers"], strict=True):
+def test_experts_on_two_processes_say_the_same(asked: Asked, alone: list[dict[str, Any]]) -> None:
+    for one, two in zip(alone, asked.answers, strict=True):
         assert one["tokens"] == two["tokens"]
         assert one["answer_experts"] == two["answer_experts"]
         assert one["question_experts"] == two["question_experts"]
 
 
 def test_the_cache_changes_nothing(
-    run: AskedRun, model: UniMoEModel, prompts: list[Prompt], alone: list[dict[str, Any]]
+    run: AskedRun, model: UniMoEModel, asked: Asked, alone: list[dict[str, Any]]
 ) -> None:
-    assert asked(run, model, prompts, cached=False) == alone
+    assert answers_of(run, model, asked.prompts, cached=False) == alone
 
 
 def test_logits_with_the_cache_are_those_without(model: UniMoEModel) -> None:
@@ -138,7 +91,7 @@ def test_logits_with_the_cache_are_those_without(model: UniMoEModel) -> None:
 
 
 def test_encoders_run_once_and_nothing_is_kept(
-    place: Path,
+    asked: Asked,
     run: AskedRun,
     model: UniMoEModel,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,28 +101,28 @@ def test_encoders_run_once_and_nothing_is_kept(
     monkeypatch.setattr(Encoder, "encode", lambda self, m: calls.append(len(m)) or encode(self, m))
     monkeypatch.setattr(prompt, "decode_apart", decode_here)
     files = [Attachment("image", "x", _unseen_picture()) for _ in range(2)]
-    before = sorted((place / "cache").rglob("*"))
+    before = sorted((asked.folder / "cache").rglob("*"))
     for cached in (True, False):
-        (answer,) = asked(
+        (answer,) = answers_of(
             run, model, [make_prompt(run, "<image> <image> ?", files, 6)], cached=cached
         )
         assert answer["tokens"]
     assert calls == [1, 1]  # the same picture twice, in each of two answers
-    assert sorted((place / "cache").rglob("*")) == before
+    assert sorted((asked.folder / "cache").rglob("*")) == before
 
 
 def test_a_seed_draws_the_same_and_another_does_not(
-    run: AskedRun, model: UniMoEModel, prompts: list[Prompt]
+    run: AskedRun, model: UniMoEModel, asked: Asked
 ) -> None:
     def drawn(seed: int, top_p: float = 1.0) -> list[list[int]]:
         sampling = Sampling(temperature=3.0, top_p=top_p, seed=seed)
-        return [each["tokens"] for each in asked(run, model, prompts[:6], sampling)]
+        return [each["tokens"] for each in answers_of(run, model, asked.prompts[:6], sampling)]
 
     first = drawn(1)
     torch.rand(3)  # another generator's business
     assert drawn(1) == first
     assert drawn(2) != first
-    greedy = [each["tokens"] for each in asked(run, model, prompts[:6])]
+    greedy = [each["tokens"] for each in answers_of(run, model, asked.prompts[:6])]
     assert drawn(1, top_p=1e-9) == greedy != first
 
 
@@ -187,11 +140,11 @@ def test_shares_are_of_the_layers_with_experts(alone: list[dict[str, Any]]) -> N
             assert sum(shares["0"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_checkpoints_are_chosen(world: World, place: Path, run: AskedRun) -> None:
+def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> None:
     run_folder = world.folder / "runs/stage3"
     assert open_run(run_folder, "step-2").state.step == 2
     assert open_run(run_folder).state.step == 4
-    copy = place / "runs/copy"
+    copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     CheckpointFolder(copy / "checkpoints", keep=1).mark_best(2)
     assert open_run(copy, "best").state.step == 2
@@ -201,22 +154,18 @@ def test_checkpoints_are_chosen(world: World, place: Path, run: AskedRun) -> Non
         open_run(copy)
 
 
-def test_the_command(place: Path, run: AskedRun, tmp_path: Path) -> None:
-    """As a user types it; once with two processes, of which only one speaks."""
+def test_the_command(asked: Asked, tmp_path: Path) -> None:
+    """As a user types it; with two processes, of which only one speaks."""
     picture = tmp_path / "p.png"
     picture.write_bytes(_unseen_picture())
-    command = [sys.executable, "-m", "unimoe_mcore.generate", str(place / "runs/asked")]
-    command += ["--image", str(picture), "Which colour?", "--json", "--processes"]
-    answers = []
-    for processes in ("1", "2"):
-        done = subprocess.run(
-            [*command, processes], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        answers.append(json.loads(done.stdout))
-    assert answers[0] == answers[1]
-    assert answers[0]["question"] == "<image>\nWhich colour?"
-    assert answers[0]["answer"]
+    command = [sys.executable, "-m", "unimoe_mcore.generate", str(asked.run)]
+    command += ["--image", str(picture), "Which colour?", "--json", "--processes", "2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert answer["question"] == "<image>\nWhich colour?"
+    assert answer["tokens"]
+    assert answer["step"] == 60
 
 
 def _unseen_picture() -> bytes:

@@ -28,7 +28,7 @@ class Typed:
         """The one sentence of the refusal."""
         self._patch.setattr(sys, "argv", ["generate", *arguments])
         began = time.monotonic()
-        code = speak(generate._speak)
+        code = speak(generate.main)
         said = self._said.readouterr()
         assert code == 2
         assert time.monotonic() - began < 30
@@ -79,9 +79,11 @@ def test_runs_that_cannot_be_asked(typed: Typed, world: World) -> None:
     assert "has no experts to divide" in said
 
 
-def test_a_run_whose_base_is_gone(typed: Typed, world: World) -> None:
+def test_a_run_of_which_something_is_gone(typed: Typed, world: World) -> None:
     lonely = typed.folder / "lonely"
     shutil.copytree(world.folder / "runs/stage3", lonely)
+    (lonely / "checkpoints/best.json").unlink()
+    assert "has no best checkpoint" in typed.refused(str(lonely), "?", "--checkpoint", "best")
     config = lonely / "config.yaml"
     config.write_text(config.read_text().replace("/runs/base/gives", "/runs/gone/gives"))
     assert "runs/gone/gives" in typed.refused(str(lonely), "?")

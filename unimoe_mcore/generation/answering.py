@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ class Answerer:
 
     def answer(
         self, prompt: Prompt, sampling: Sampling, cached: bool = True
-    ) -> Iterator[str | Answer]:
+    ) -> Generator[str | Answer]:
         """The answer's text in pieces as they come, and last the whole answer.
 
         Encoders run once. It may be left at any piece.

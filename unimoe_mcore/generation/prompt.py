@@ -161,7 +161,7 @@ def place_markers(question: str, modalities: Sequence[str]) -> str:
     for marker in wanted - given:
         raise UserError(
             f"The question has {marker} {_times(wanted[marker])}, but a file is given for it "
-            f"{_times(given[marker])}: add --{marker[1:-1]} FILE, or take the placeholder out."
+            f"{_times(given[marker])}: add the file, or take the placeholder out."
         )
     for marker in given - wanted:
         raise UserError(
@@ -212,7 +212,7 @@ def _refuse_long(rendered: Rendered, most: int, room: int) -> None:
     if asked + most > room:
         raise UserError(
             f"The question takes {asked} tokens with its media and the answer may take {most}, but "
-            f"the model has room for {room}: shorten the question, or lower --max-tokens."
+            f"the model has room for {room}: shorten the question, or allow fewer."
         )
 
 
