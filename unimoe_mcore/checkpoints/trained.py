@@ -156,9 +156,10 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
         UserError: if a tensor is missing or has another shape, or parameters that share a count
             of steps here were saved after different numbers of steps.
     """
-    load_weights(reader, chunks)
+    states = [chunk.sharded_state_dict() for chunk in chunks]
+    _fill_weights(reader, chunks, states)
     owned = owned_by(optimizer)
-    for sharded, parameter in trained(chunks):
+    for sharded, parameter in _trained(chunks, states):
         part = owned.get(parameter)
         if part is None:
             continue
@@ -175,7 +176,12 @@ def load_weights(reader: ShardReader, chunks: Sequence[UniMoEModel]) -> None:
     Raises:
         UserError: if a tensor is missing or has another shape.
     """
-    states = [chunk.sharded_state_dict() for chunk in chunks]
+    _fill_weights(reader, chunks, [chunk.sharded_state_dict() for chunk in chunks])
+
+
+def _fill_weights(
+    reader: ShardReader, chunks: Sequence[UniMoEModel], states: Sequence[dict[str, Any]]
+) -> None:
     for sharded, parameter in _trained(chunks, states):
         for piece in pieces_of(sharded, parameter.shape, MODEL, parameter.data):
             reader.fill(piece)
