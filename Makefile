@@ -1,4 +1,4 @@
-# make setup | quickstart | demo | test | check | bench | clean
+# make setup | quickstart | demo | chat | test | check | bench | clean
 # Everything happens in .venv, as an ordinary user. `make quickstart`, `make demo` and `make test`
 # make the environment themselves where it is missing.
 
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart demo test check lint types bench lock clean
+.PHONY: setup quickstart demo chat test check lint types bench lock clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ quickstart: $(STAMP)
 
 demo: $(STAMP)
 	@UNIMOE_PARENT=$$PPID exec $(PYTHON) -m unimoe_mcore.demo $(ARGS)
+
+# make chat ARGS=runs/stage3: a page in the browser on which a run is asked.
+chat: $(STAMP)
+	@exec $(PYTHON) -m unimoe_mcore.chat $(ARGS)
 
 test: $(STAMP)
 	@bash tests/slurm/install.sh

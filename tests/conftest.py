@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.workspace import DATASETS, branch, questions
 from unimoe_mcore.runtime.devices import prepare_device
 
 prepare_device()  # before any test imports Megatron
@@ -37,3 +39,52 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
     assert ranks[0] == ranks[1]
     return World(folder, ranks[0])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run that has something to say, and what it said.
+
+    Attributes:
+        folder: the world that it was trained in.
+        prompts: some of the held-out questions.
+        rows: dataset, number, right answer of each.
+        answers: to each, with the experts on two processes.
+        exact: whether the evaluation would call these answers exact.
+    """
+
+    folder: Path
+    prompts: list[Any]
+    rows: list[tuple[str, int, str]]
+    answers: list[dict[str, Any]]
+    exact: list[bool]
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder / "runs/asked"
+
+
+@pytest.fixture(scope="session")
+def asked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """The run ``asked``, trained by two processes, which then answer questions."""
+    from tests.generation.cases_generation import prepared
+
+    runs = ("base", "stage1", "stage2-image", "stage2-speech", "stage2-audio")
+    folder = branch(world.folder, tmp_path_factory.mktemp("asked") / "w", *runs)
+    prompts, rows = [], []
+    for dataset in DATASETS:
+        for number, row in enumerate(questions(dataset, "test")[:3]):
+            prompts.append(prepared(world.folder / "runs/stage3", row))
+            rows.append((dataset, number, row[1]))
+    path = folder / "prompts.pickle"
+    path.write_bytes(pickle.dumps(prompts))
+    ranks = run_distributed(
+        "tests.generation.cases_generation:trained_and_asked",
+        2,
+        timeout=240,
+        folder=str(folder),
+        prompts=str(path),
+    )
+    assert ranks[0] == ranks[1]
+    return Asked(folder, prompts, rows, ranks[0]["answers"], ranks[0]["exact"])

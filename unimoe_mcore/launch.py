@@ -47,11 +47,27 @@ def launch(recipe: Recipe) -> int:
 
 
 def start(config: Path, place: Place) -> int:
-    """Run this machine's processes of a run to their end, under torchrun's elastic agent.
+    """Run this machine's processes of a run to their end.
 
     Args:
         config: the resolved recipe.
         place: which processes.
+
+    Returns:
+        As ``run_processes``.
+    """
+    continues = "the same command continues"
+    return run_processes(["unimoe_mcore.train", str(config)], place, config.parent.name, continues)
+
+
+def run_processes(command: Sequence[str], place: Place, run: str, again: str) -> int:
+    """Run this machine's processes of a command to their end, under torchrun's elastic agent.
+
+    Args:
+        command: a module and its arguments.
+        place: which processes.
+        run: name of the run, for messages.
+        again: what the user can do when it was stopped.
 
     Returns:
         0; 2 if a process refused, 1 if it failed (it has said why); 130 if it was stopped.
@@ -65,7 +81,6 @@ def start(config: Path, place: Place) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    run = config.parent.name
     agent = LaunchConfig(
         min_nodes=place.nodes,
         max_nodes=place.nodes,
@@ -79,28 +94,24 @@ def start(config: Path, place: Place) -> int:
     )
     os.environ[DIE_WITH_PARENT] = str(os.getpid())
     try:
-        elastic_launch(agent, sys.executable)("-m", "unimoe_mcore.train", str(config))
+        elastic_launch(agent, sys.executable)("-m", *command)
     except ChildFailedError as error:
-        return _exit_code(run, [failure.exitcode for failure in error.failures.values()])
+        return _exit_code(run, [failure.exitcode for failure in error.failures.values()], again)
     except SignalException:
-        print(f"{run}: stopped; the same command continues", file=sys.stderr)
+        print(f"{run}: stopped; {again}", file=sys.stderr)
         return INTERRUPTED
     finally:
         del os.environ[DIE_WITH_PARENT]
     return 0
 
 
-def _exit_code(run: str, codes: Sequence[int]) -> int:
+def _exit_code(run: str, codes: Sequence[int], again: str) -> int:
     """2 if a process refused, else 1; says what processes cannot say that were killed."""
     if WRONG_INPUT in codes:
         return WRONG_INPUT
     killed = {-code for code in codes if code < 0} - {signal.SIGTERM}  # that was the agent
     for number in sorted(killed):
-        print(
-            f"error: a process of {run} was killed by signal {number}; "
-            f"the same command continues from the newest checkpoint.",
-            file=sys.stderr,
-        )
+        print(f"error: a process of {run} was killed by signal {number}; {again}.", file=sys.stderr)
     return WRONG_CODE
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline.shards.index import Manifest
 from unimoe_mcore.compose import up_to_date

@@ -42,6 +42,7 @@ class TextTokenizer:
         self.after_question = self._structure(self.template.after_question)
         self.between = self._structure(self.template.between)
         self.markers = {modality: self._id(f"<{modality}>") for modality in MODALITIES}
+        self._structural = {*map(self._id, self.template.special), *self.markers.values()}
 
     def _id(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)
@@ -105,6 +106,10 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token stands for text, rather than for structure or for nothing."""
+        return 0 <= token < self.size and token not in self._structural
 
     @property
     def size(self) -> int:

@@ -34,6 +34,16 @@ _LAST_WORDS = 4096  # bytes
 _MOST_BETWEEN = 0.4  # seconds between two looks that count; the pool looks twice as often
 
 
+def reading_environment() -> dict[str, str]:
+    """The environment of a process that reads or decodes: one thread, and this one's modules."""
+    return {
+        **os.environ,
+        **dict.fromkeys(_ONE_THREAD, "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }
+
+
 class WorkerProcess:
     """One worker and what the pool shares with it.
 
@@ -61,12 +71,7 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _MODULE, *map(str, shared)],
                 pass_fds=shared,
-                env={
-                    **os.environ,
-                    **dict.fromkeys(_ONE_THREAD, "1"),
-                    "TOKENIZERS_PARALLELISM": "false",
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                },
+                env=reading_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=self._words,
                 stderr=self._words,

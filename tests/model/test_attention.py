@@ -112,6 +112,29 @@ def test_no_sequence_sees_another_or_its_own_future() -> None:
         assert not torch.equal(before[changed], after[changed])
 
 
-def test_a_row_that_is_not_packed_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs packed_seq_params"):
-        attention(4, 2)(*inputs(3, 4, 2, 0), None)
+def test_not_packed_it_is_the_same_and_goes_on_token_by_token() -> None:
+    query, key, value = (x.detach() for x in inputs(5, 4, 2, 0))
+    module = attention(4, 2)
+    packed = module(query, key, value, None, packed_seq_params=packing([5]))
+    first = module(
+        query[:3, None], key[:3, None], value[:3, None], None, attn_mask_type=AttnMaskType.causal
+    )
+    steps = [first[:, 0]]
+    for place in (3, 4):
+        new, old = slice(place, place + 1), slice(0, place + 1)
+        step = module(
+            query[new, None],
+            key[old, None],
+            value[old, None],
+            None,
+            attn_mask_type=AttnMaskType.no_mask,
+        )
+        steps.append(step[:, 0])
+    assert torch.allclose(torch.cat(steps), packed, rtol=0, atol=TOLERANCE)
+
+
+def test_several_tokens_after_a_cache_are_refused() -> None:
+    query, key, value = (x[:, None] for x in inputs(4, 4, 2, 0))
+    for mask in (AttnMaskType.no_mask, AttnMaskType.causal):
+        with pytest.raises(ValueError, match="one token at a time"):
+            attention(4, 2)(query[:2], key, value, None, attn_mask_type=mask)

@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from tests.training.cases_stages import composed, layouts, opened, run_stage
 from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.training import load_checkpoint
-from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model import language
 from unimoe_mcore.model.lora import Adapted
+from unimoe_mcore.model.router import routers
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
 from unimoe_mcore.training import step

@@ -156,11 +156,10 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
         UserError: if a tensor is missing or has another shape, or parameters that share a count
             of steps here were saved after different numbers of steps.
     """
-    owned = owned_by(optimizer)
     states = [chunk.sharded_state_dict() for chunk in chunks]
+    _fill_weights(reader, chunks, states)
+    owned = owned_by(optimizer)
     for sharded, parameter in _trained(chunks, states):
-        for piece in pieces_of(sharded, parameter.shape, MODEL, parameter.data):
-            reader.fill(piece)
         part = owned.get(parameter)
         if part is None:
             continue
@@ -168,10 +167,27 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
         for prefix, value in values.items():
             for piece in pieces_of(sharded, parameter.shape, prefix, value, part.start):
                 reader.fill(piece)
+    _take_up_steps(reader, chunks, owned)
+
+
+def load_weights(reader: ShardReader, chunks: Sequence[UniMoEModel]) -> None:
+    """Fill trained parameters, and what else of the model training changes; nothing of Adam's.
+
+    Raises:
+        UserError: if a tensor is missing or has another shape.
+    """
+    _fill_weights(reader, chunks, [chunk.sharded_state_dict() for chunk in chunks])
+
+
+def _fill_weights(
+    reader: ShardReader, chunks: Sequence[UniMoEModel], states: Sequence[dict[str, Any]]
+) -> None:
+    for sharded, parameter in _trained(chunks, states):
+        for piece in pieces_of(sharded, parameter.shape, MODEL, parameter.data):
+            reader.fill(piece)
     for chunk, state in zip(chunks, states, strict=True):
         for piece in _buffers(chunk, state):
             reader.fill(piece)
-    _take_up_steps(reader, chunks, owned)
 
 
 def _take_up_steps(

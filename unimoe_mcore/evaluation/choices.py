@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from data_pipeline.reading.collate import MicroBatch
-from unimoe_mcore.evaluation.routing import routers
+from unimoe_mcore.model.router import routers
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 Choices = dict[str, tuple[int, float]]

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from data_pipeline.reading.collate import MicroBatch
+from unimoe_mcore.model.router import routers
 from unimoe_mcore.model.unimoe import UniMoEModel
-
-
-def routers(chunks: Sequence[UniMoEModel]) -> Iterator[tuple[UniMoEModel, int, TopKRouter]]:
-    """Every router of this rank, with its chunk and the number of its transformer block."""
-    for chunk in chunks:
-        for layer in chunk.language_model.decoder.layers:
-            for module in layer.modules():
-                if isinstance(module, TopKRouter):
-                    yield chunk, (layer.layer_number - 1) // 2, module
 
 
 class RoutingRecorder:

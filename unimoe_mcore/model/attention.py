@@ -17,12 +17,15 @@ from unimoe_mcore.runtime.precision import attention_dtype
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention that stays inside each packed sequence.
+    """Causal attention that stays inside each packed sequence, or one sequence after its cache.
 
     The packed row is laid out as a padded batch of sequences, so that PyTorch's fused attention
     takes all of them at once instead of a loop; the scores are never written to memory, and keys
     and values that a group of heads shares are not repeated. Takes the place of Megatron's
     ``DotProductAttention``, which refuses packed input.
+
+    Input that is not packed is a batch of equally long sequences, as Megatron's inference contexts
+    hand it over: keys and values of all tokens so far, queries of the new ones.
     """
 
     def __init__(
@@ -50,18 +53,18 @@ class PackedAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: ``[tokens, heads, head]``; ``key`` and ``value`` may have fewer heads, each
-                shared by a group of query heads.
-            packed_seq_params: cumulative lengths of the sequences, in ``cu_seqlens_q``.
+            query: ``[tokens, heads, head]``, or not packed ``[tokens, sequences, heads, head]``;
+                ``key`` and ``value`` may have fewer heads, each shared by a group of query heads,
+                and not packed more tokens.
+            attn_mask_type: of input that is not packed: causal or none.
+            packed_seq_params: cumulative lengths of the sequences, in ``cu_seqlens_q``; None for
+                input that is not packed.
 
         Returns:
-            ``[tokens, heads * head]``.
-
-        Raises:
-            ValueError: if the input is not packed.
+            ``[tokens, heads * head]``, or ``[tokens, sequences, heads * head]``.
         """
         if packed_seq_params is None:
-            raise ValueError("PackedAttention needs packed_seq_params.")
+            return self._unpacked(query, key, value, attn_mask_type == AttnMaskType.causal)
         row = _row_of(packed_seq_params, len(query))
         computes = attention_dtype(query.dtype)
         mixed = F.scaled_dot_product_attention(
@@ -74,6 +77,24 @@ class PackedAttention(MegatronModule):
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return row.joined(mixed).to(query.dtype)
+
+    def _unpacked(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        """Attend in sequences that are equally long.
+
+        Raises:
+            ValueError: several new tokens after a cache: none of them may see the next ones.
+        """
+        if len(query) > 1 and not (causal and len(query) == len(key)):
+            raise ValueError("PackedAttention continues a sequence by one token at a time.")
+        mixed = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=len(query) > 1,
+            scale=self.scale,
+            enable_gqa=key.shape[2] != query.shape[2],
+        )
+        return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
 @dataclass(frozen=True)

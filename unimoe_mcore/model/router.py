@@ -9,8 +9,9 @@ divided by the label tokens of the global batch before its gradients are compute
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,9 @@ from unimoe_mcore.model.balance import (
     shares,
 )
 from unimoe_mcore.model.marks import Marks, read_marks
+
+if TYPE_CHECKING:
+    from unimoe_mcore.model.unimoe import UniMoEModel
 
 STATE = ("previous_load", "expert_bias")
 """Buffers that a step changes and a checkpoint must hold."""
@@ -255,6 +259,15 @@ class BalancedRouter(TopKRouter):
             self.previous_load.copy_(load)
         if self.moe.balance == "bias":
             self.expert_bias.copy_(moved_bias(self.expert_bias, load, self.moe.bias_rate))
+
+
+def routers(chunks: Sequence[UniMoEModel]) -> Iterator[tuple[UniMoEModel, int, TopKRouter]]:
+    """Every router of this rank, with its chunk and the number of its transformer block."""
+    for chunk in chunks:
+        for layer in chunk.language_model.decoder.layers:
+            for module in layer.modules():
+                if isinstance(module, TopKRouter):
+                    yield chunk, (layer.layer_number - 1) // 2, module
 
 
 def within_capacity(probs: Tensor, wanted: Tensor, top_k: int, factor: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -63,7 +64,7 @@ class UniMoEModel(MimoModel):
         places = self.answer_places(batch)
         labels = batch.labels[:, places] if with_loss else None
         self._answers = None if self.config.sequence_parallel else places
-        hidden = self._embed(batch) if self.pre_process else None
+        hidden = self.embed(batch) if self.pre_process else None
         if hidden is not None and self._recomputes and not hidden.requires_grad:
             # A block that is computed again learns that it has gradients from its input alone:
             # above frozen embeddings nothing would train, without a word.
@@ -97,6 +98,40 @@ class UniMoEModel(MimoModel):
             return output
         return torch.zeros_like(batch.loss_mask, dtype=output.dtype).index_copy(1, places, output)
 
+    def next_logits(self, hidden: Tensor, cache: StaticInferenceContext | None = None) -> Tensor:
+        """Logits of the token after a sequence; one process holds all layers of the model.
+
+        Args:
+            hidden: embedded tokens ``[tokens, 1, hidden]``, see ``embed``: the whole sequence, or
+                those that the cache lacks.
+            cache: keys and values of the tokens before, to which those of these are added.
+
+        Returns:
+            ``[vocabulary]``, fp32.
+        """
+        tokens = len(hidden)
+        self._answers = torch.tensor([tokens - 1], device=hidden.device)
+        ends = torch.tensor([0, tokens], dtype=torch.int32, device=hidden.device)
+        whole = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=tokens,
+            max_seqlen_kv=tokens,
+        )
+        logits = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=hidden,
+            inference_context=cache,
+            packed_seq_params=None if cache is not None else whole,
+        )
+        if cache is not None:
+            cache.sequence_len_offset += tokens
+            cache.enable_decode_mode()
+        return logits[0, 0].float()
+
     @property
     def _recomputes(self) -> bool:
         """Whether whole blocks are computed again in this backward pass."""
@@ -121,7 +156,7 @@ class UniMoEModel(MimoModel):
             return None
         return (arguments[0].index_select(0, self._answers), *arguments[1:])
 
-    def _embed(self, batch: MicroBatch) -> Tensor:
+    def embed(self, batch: MicroBatch) -> Tensor:
         """Text embeddings with every tower's tokens in their places, ``[tokens, 1, hidden]``."""
         parts: dict[str, Tensor] = {}
         for tower in self.modality_submodules.values():

@@ -13,9 +13,8 @@ from torch import Tensor
 from data_pipeline.reading.collate import GROUPS, MicroBatch
 from unimoe_mcore.config.model import BALANCING_LOSSES, MoEConfig, moe_blocks
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.evaluation.routing import routers
 from unimoe_mcore.model.initialise import name_seed
-from unimoe_mcore.model.router import BalancedRouter, RouterStep, Tally
+from unimoe_mcore.model.router import BalancedRouter, RouterStep, Tally, routers
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime.devices import device
 

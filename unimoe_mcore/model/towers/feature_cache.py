@@ -37,6 +37,7 @@ class FeatureCache:
         encoder: the encoder behind the cache.
         folder: this encoder's folder.
         given: whether the encoder's weights are another run's, not the published ones.
+        stores: whether what is encoded is written to disk.
         operations: of the encoder for what it has encoded so far; what lay on disk cost none.
     """
 
@@ -52,6 +53,7 @@ class FeatureCache:
         self.given = again is not None
         self._again = again or (lambda: build_encoder(encoder.config))
         self.operations = 0
+        self.stores = True
         self._released = False
         fingerprint = encoder.fingerprint()
         self.folder = root / f"{encoder.name}-{fingerprint[:16]}"
@@ -99,7 +101,8 @@ class FeatureCache:
             encoded = self.ready().encode([medium for _, medium in chunk])
             for (path, _), features in zip(chunk, encoded, strict=True):
                 self.operations += self.encoder.operations(features)
-                self._write(path, _pack(features.numpy()))
+                if self.stores:
+                    self._write(path, _pack(features.numpy()))
                 found[path] = features
         return [found[self._path(medium)] for medium in media]
 
