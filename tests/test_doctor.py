@@ -1,23 +1,52 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
+from dataclasses import fields
 
 import pytest
 
 from unimoe_mcore import doctor
-from unimoe_mcore.runtime.capabilities import Choice
+from unimoe_mcore.runtime.capabilities import Capabilities, Choice
 
 
 def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     report = capsys.readouterr().out
-    assert "mixture of experts      trains                9 gradients" in report
-    assert "transformer engine      no                    layers are built of Megatron's" in report
-    assert "attention               packed" in report
-    assert "dispatcher              alltoall" in report
-    assert re.search(r"^  precision +(fp32|bf16) +\S.*'auto' takes it$", report, re.MULTILINE)
-    assert report.endswith("Ready.\n")
+    rows = {line[:27].strip(): line[27:].split("  ")[0].strip() for line in report.splitlines()}
+    assert rows["mixture of experts"] == "trains"
+    assert rows["Transformer Engine layers"] == "no"
+    assert rows["attention"] == "packed"
+    assert rows["norm"] == rows["optimizer, AdamW of"] == "torch"
+    assert rows["token dispatcher"] == "alltoall"
+    assert rows["number format"] in ("fp32", "bf16")
+    assert max(len(line) for line in report.splitlines()) <= 80
+    missing = report.partition("Missing, and how to get it\n")[2]
+    assert re.search(r"transformer-engine +optional +see requirements-gpu.txt\n", missing)
+    assert report.endswith("\nTraining can run here.\n")
+
+
+def test_every_choice_is_told() -> None:
+    assert {name for name, _ in doctor.KERNELS} == {f.name for f in fields(Capabilities)}
+
+
+def test_a_program_reads_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run_self_test", lambda: [doctor.Finding("process group", "works")])
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ready"], report["verdict"]) == (True, "Training can run here.")
+    doctor.main()
+    words = capsys.readouterr().out
+    for section in ("machine", "packages", "kernels", "self-test"):
+        assert section.capitalize() in words
+        for finding in report[section]:
+            assert finding["good"]
+            assert finding["subject"] in words
+            assert finding["value"].partition(" GiB")[0] in words or section == "machine"
+    assert doctor.main(["--jason"]) == 2
 
 
 def test_a_missing_package_is_named(
@@ -26,15 +55,20 @@ def test_a_missing_package_is_named(
     installed = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name == "psutil":
+        if name in ("psutil", "wandb"):
             raise importlib.metadata.PackageNotFoundError(name)
-        return "0.20.0" if name == "megatron-core" else installed(name)
+        return {"megatron-core": "0.20.0", "numpy": "1.0"}.get(name) or installed(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert doctor.main() == 1
-    marked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("! ")]
-    assert [line.split()[1] for line in marked] == ["megatron-core", "psutil"]
-    assert "megatron-core==0.19.2" in marked[0]
+    report = capsys.readouterr().out
+    assert re.findall(r"^! (\S+)", report, re.MULTILINE) == ["megatron-core", "psutil"]
+    assert re.search(r"numpy +1.0 +tested with \d", report)
+    assert re.search(r"wandb +optional +pip install wandb", report)
+    assert " ".join(report.split("\n\n")[-1].split()) == (
+        "Training cannot run here: megatron-core 0.20.0 (pip install megatron-core==0.19.2); "
+        "psutil is missing (pip install -r requirements.txt)."
+    )
 
 
 def test_the_wrong_apex_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

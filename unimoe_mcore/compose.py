@@ -22,6 +22,7 @@ from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import CHANGEABLE
 from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
+from unimoe_mcore.runtime.mirror_packages import check_mirrors
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 
 FREE = (
@@ -65,9 +66,10 @@ def prepare_run(recipe: Recipe) -> Path:
 
     Raises:
         UserError: if the run has checkpoints that were made with other settings, is being
-            trained, or lacks a part or base to stand on.
+            trained, or lacks a part or base to stand on, or the package of a mirror.
         DataError: if the data are missing or damaged.
     """
+    check_mirrors(recipe.logging)
     sources = find_sources(recipe)
     open_checked(recipe.data.folder, Path(recipe.paths.cache))
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name)

@@ -1,6 +1,7 @@
-"""``python -m unimoe_mcore.doctor``: what this machine has, what will be used of it, and why.
+"""``python -m unimoe_mcore.doctor [--json]``: what this machine has, what will be used, and why.
 
-Ends with 0 if the project can run here, with 1 if something that it needs is missing.
+Ends with 0 if training can run here, and with 1 and one sentence if something that it needs is
+missing.
 """
 
 from __future__ import annotations
@@ -8,29 +9,52 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
+import json
 import os
 import platform
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 MEGATRON = "0.19.2"
 """The only version that ``runtime.cpu`` fits."""
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "hydra-core",
-    "omegaconf",
-    "psutil",
-    "numpy",
-    "av",
-    "soundfile",
-    "pillow",
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+
+INSTALL = "pip install -r requirements.txt"
+
+OPTIONAL = {
+    "transformer-engine": ("kernels for a CUDA device", "see requirements-gpu.txt"),
+    "wandb": ("for logging=wandb", "pip install wandb"),
+    "tensorboard": ("for logging=tensorboard", "pip install tensorboard"),
+}
+"""What training can do without: what it is for, and how to get it."""
+
+KERNELS = (
+    ("cuda", "device"),
+    ("transformer_engine", "Transformer Engine layers"),
+    ("attention", "attention"),
+    ("norm", "norm"),
+    ("grouped_gemm", "experts in one product"),
+    ("dispatcher", "token dispatcher"),
+    ("adam", "optimizer, AdamW of"),
+    ("weight_gradient_fusion", "weight gradients fused"),
+    ("compiled_fusions", "torch.compile fusions"),
+    ("permute_fusion", "token sort fused"),
+    ("rope_fusion", "rotary embedding fused"),
 )
-"""What every run imports. psutil is Megatron's checkpoint writer's, which does not declare it."""
+"""Every choice of ``runtime.capabilities``, and what a user calls it."""
+
+WIDTH, SUBJECT, VALUE = 80, 27, 19
+"""Characters of a line, and of its first two columns."""
+
+PAIRED = 3
+"""Findings without a reason in a row, beyond which two share a line."""
 
 
 @dataclass(frozen=True)
@@ -40,36 +64,115 @@ class Finding:
     Attributes:
         subject: what was looked at.
         value: what was found.
-        reason: why it is so or what to do about it; may be empty.
-        good: False if the project cannot run this way.
+        reason: why it is so; may be empty.
+        good: False if training cannot run this way.
+        cure: how to get what is missing; empty if nothing is.
     """
 
     subject: str
     value: str
     reason: str = ""
     good: bool = True
+    cure: str = ""
 
 
-def main() -> int:
-    """Print the report; the exit status is 1 if anything in it is not good."""
-    findings = print_section("Machine", look_at_machine)
-    findings += print_section("Packages", look_at_packages)
-    if all(finding.good for finding in findings):
-        findings += print_section("Kernels", look_at_kernels)
-        findings += print_section("Self-test", run_self_test)
-    bad = sum(not finding.good for finding in findings)
-    print(f"\nMend first what is marked with !: {bad}." if bad else "\nReady.")
-    return 1 if bad else 0
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the report; the exit status is 1 if training cannot run here."""
+    if arguments and list(arguments) != ["--json"]:
+        print(__doc__)
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    as_json = bool(arguments)
+    found: dict[str, list[Finding]] = {}
+    for title, look in _sections():
+        if title in ("Kernels", "Self-test") and _bad(found):
+            break  # they would end in a traceback
+        found[title] = look()
+        if not as_json:
+            print(_in_words(title, found[title]), flush=True)
+    verdict = _verdict(found)
+    if as_json:
+        print(json.dumps(_plain(found, verdict), indent=1))
+    else:
+        if missing := _missing(found):
+            print(_in_words("Missing, and how to get it", missing))
+        print(f"\n{textwrap.fill(verdict, WIDTH)}")
+    return 1 if _bad(found) else 0
 
 
-def print_section(title: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """Print what ``look`` finds, a line each in three columns, and return it."""
-    print(f"\n{title}", flush=True)
-    findings = look()
-    for finding in findings:
-        line = f"  {finding.subject:<24}{finding.value:<22}{finding.reason}".rstrip()
-        print(line if finding.good else f"! {line[2:]}", flush=True)
-    return findings
+def _sections() -> tuple[tuple[str, Callable[[], list[Finding]]], ...]:
+    return (
+        ("Machine", look_at_machine),
+        ("Packages", look_at_packages),
+        ("Kernels", look_at_kernels),
+        ("Self-test", run_self_test),
+    )
+
+
+def _bad(found: dict[str, list[Finding]]) -> list[Finding]:
+    return [finding for findings in found.values() for finding in findings if not finding.good]
+
+
+def _missing(found: dict[str, list[Finding]]) -> list[Finding]:
+    """What has a cure, with it."""
+    return [
+        Finding(finding.subject, "needed" if not finding.good else "optional", finding.cure)
+        for findings in found.values()
+        for finding in findings
+        if finding.cure
+    ]
+
+
+def _verdict(found: dict[str, list[Finding]]) -> str:
+    bad = _bad(found)
+    if not bad:
+        return "Training can run here."
+    each = "; ".join(
+        f"{finding.subject} {finding.value} ({finding.cure or finding.reason})" for finding in bad
+    )
+    return f"Training cannot run here: {each}."
+
+
+def _plain(found: dict[str, list[Finding]], verdict: str) -> dict[str, Any]:
+    """The report for a program; keys of sections are in lower case."""
+    sections = {
+        title.lower(): [dataclasses.asdict(finding) for finding in findings]
+        for title, findings in found.items()
+    }
+    return {"ready": not _bad(found), "verdict": verdict, **sections}
+
+
+def _in_words(title: str, findings: Sequence[Finding]) -> str:
+    """A section in three columns and 80 characters; ``!`` marks what is not good.
+
+    Many findings in a row that need no reason are set two to a line.
+    """
+    lines = [f"\n{title}"]
+    for plain, group in itertools.groupby(findings, lambda each: each.good and not each.reason):
+        members = list(group)
+        if plain and len(members) > PAIRED:
+            cells = [f"  {finding.subject} {finding.value}" for finding in members]
+            half = -(-len(cells) // 2)
+            for left, right in itertools.zip_longest(cells[:half], cells[half:], fillvalue=""):
+                lines.append(f"{left:<{WIDTH // 2}}{right}".rstrip())
+        else:
+            lines += [line for finding in members for line in _row(finding)]
+    return "\n".join(lines)
+
+
+def _row(finding: Finding) -> list[str]:
+    room = SUBJECT + VALUE
+    mark = " " if finding.good else "!"
+    columns = f"{mark} {finding.subject:<{SUBJECT - 2}}{finding.value:<{VALUE}}"
+    wrapped = textwrap.wrap(finding.reason or finding.cure, WIDTH - room, break_on_hyphens=False)
+    if len(columns) > room:  # what is too long has a line of its own
+        columns = f"{mark} {finding.subject} {finding.value}"
+        return [columns, *(" " * room + line for line in wrapped)]
+    return [
+        f"{start}{line}".rstrip()
+        for start, line in zip(
+            [columns, *[" " * room] * len(wrapped)], wrapped or [""], strict=False
+        )
+    ]
 
 
 def look_at_machine() -> list[Finding]:
@@ -81,6 +184,7 @@ def look_at_machine() -> list[Finding]:
             platform.python_version(),
             "" if right else "Megatron-Core and this project are pinned to Python 3.12",
             right,
+            "" if right else "install Python 3.12 and type make setup",
         ),
         Finding("cores", str(_usable_cores()), f"{os.cpu_count()} in the machine"),
         Finding("threads", os.environ.get("OMP_NUM_THREADS", "1"), "per process, OMP_NUM_THREADS"),
@@ -95,8 +199,36 @@ def look_at_machine() -> list[Finding]:
 
 
 def look_at_packages() -> list[Finding]:
-    """The version of every required package, and whether it is there."""
-    return [_look_at_package(name) for name in PACKAGES]
+    """The version of every package of ``requirements.txt``, and of what is optional."""
+    required = [_look_at_package(name, pinned) for name, pinned in _requirements()]
+    return required + [_look_at_optional(name) for name in OPTIONAL]
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """Names and pinned versions of the direct dependencies."""
+    for line in REQUIREMENTS.read_text(encoding="utf8").splitlines():
+        name, _, version = line.partition("#")[0].partition("==")
+        if name.strip():
+            yield name.strip(), version.strip()
+
+
+def _look_at_package(name: str, pinned: str) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "is missing", good=False, cure=INSTALL)
+    if name == "megatron-core" and version != MEGATRON:
+        cure = f"pip install megatron-core=={MEGATRON}"
+        return Finding(name, version, f"only {MEGATRON} fits", good=False, cure=cure)
+    return Finding(name, version, "" if version == pinned else f"tested with {pinned}")
+
+
+def _look_at_optional(name: str) -> Finding:
+    purpose, cure = OPTIONAL[name]
+    try:
+        return Finding(name, importlib.metadata.version(name), f"optional, {purpose}")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", f"optional, {purpose}", cure=cure)
 
 
 def look_at_kernels() -> list[Finding]:
@@ -107,15 +239,18 @@ def look_at_kernels() -> list[Finding]:
 
     chosen = detect()
     findings = []
-    for field in dataclasses.fields(chosen):
-        choice = getattr(chosen, field.name)
-        words = {True: "yes", False: "no"}.get(choice.value, choice.value)
-        findings.append(Finding(field.name.replace("_", " "), str(words), choice.reason))
+    for field, subject in KERNELS:
+        choice = getattr(chosen, field)
+        words = {True: "yes", False: "no"}.get(choice.value, str(choice.value))
+        if field == "cuda":
+            words = "CUDA" if choice.value else "CPU"
+        findings.append(Finding(subject, words.replace("_", " "), choice.reason))
     apex = probe_apex()
     if "not NVIDIA's" in apex.reason:
-        findings.append(Finding("apex", "wrong package", apex.reason, good=False))
+        cure = "pip uninstall apex"
+        findings.append(Finding("apex", "is the wrong package", apex.reason, False, cure))
     precision = choose_precision("auto")
-    findings.append(Finding("precision", precision.value, f"{precision.reason}; 'auto' takes it"))
+    findings.append(Finding("number format", precision.value, precision.reason))
     findings.append(Finding("communication", backend(), "NCCL between GPUs, else gloo"))
     return findings
 
@@ -134,16 +269,6 @@ def run_self_test() -> list[Finding]:
 def _usable_cores() -> int | None:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _look_at_package(name: str) -> Finding:
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "missing", "pip install -r requirements.txt", good=False)
-    if name == "megatron-core" and version != MEGATRON:
-        return Finding(name, version, f"pip install megatron-core=={MEGATRON}", good=False)
-    return Finding(name, version)
 
 
 def _train_small_mixture() -> int:
@@ -188,4 +313,4 @@ def _train_small_mixture() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -100,6 +100,7 @@ def test_a_laptop_uses_nothing_that_needs_a_gpu() -> None:
         "transformer_engine": False,
         "adam": "torch",
         "attention": "packed",
+        "norm": "torch",
         "grouped_gemm": False,
         "dispatcher": "alltoall",
         "permute_fusion": False,
@@ -116,6 +117,7 @@ def test_a_cluster_uses_the_layers_of_transformer_engine() -> None:
         "transformer_engine": True,
         "adam": "transformer_engine",
         "attention": "transformer_engine",
+        "norm": "transformer_engine",
         "grouped_gemm": True,
         "dispatcher": "alltoall",
         "permute_fusion": False,
@@ -182,6 +184,22 @@ def test_packages_without_a_device_are_not_used() -> None:
     assert values(chosen) == values(capabilities.choose(LAPTOP))
     assert "needs CUDA" in chosen.weight_gradient_fusion.reason
     assert "need CUDA" in chosen.adam.reason
+
+
+def test_who_adds_weight_gradients_to_their_buffer() -> None:
+    bare = dataclasses.replace(CLUSTER, wgrad=Choice(False, "no kernel"))
+    by = {
+        machine: capabilities.choose(machine).weight_gradient_fusion
+        for machine in (LAPTOP, CLUSTER, bare, dataclasses.replace(CLUSTER, transformer_engine=NO))
+    }
+    assert all(choice.value for choice in by.values())
+    assert [choice.reason for choice in by.values()] == [
+        "torch's own matrix product, not installed",
+        "Transformer Engine's modules do it; the output layer: NVIDIA Apex, 2.20.2",
+        "Transformer Engine's modules do it; the output layer: torch's own matrix product, "
+        "no kernel",
+        "NVIDIA Apex, 2.20.2",
+    ]
 
 
 def test_apex_gives_adam_where_transformer_engine_is_missing() -> None:

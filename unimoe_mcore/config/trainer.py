@@ -127,17 +127,49 @@ class TrainerConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+WANDB_MODES = ("auto", "offline", "online")
+
+
 @dataclass
-class LoggingConfig:
-    """Mirrors of the run directory; they may fail without harm.
+class WandbConfig:
+    """A mirror at wandb.
 
     Attributes:
-        wandb: ``disabled``, ``offline`` or ``online``.
+        enabled: whether there is one.
+        mode: ``online``, ``offline`` (``wandb sync`` uploads it later), or ``auto``: what
+            ``WANDB_MODE`` says, else ``online`` where there is an API key, else ``offline``.
         project: wandb's project.
+        entity: whose project; empty for the default of the account.
     """
 
-    wandb: str = "disabled"
+    enabled: bool = False
+    mode: str = "auto"
     project: str = "unimoe"
+    entity: str = ""
+
+
+@dataclass
+class TensorBoardConfig:
+    """A mirror in TensorBoard's event files.
+
+    Attributes:
+        enabled: whether there is one.
+    """
+
+    enabled: bool = False
+
+
+@dataclass
+class LoggingConfig:
+    """Mirrors of the run directory; they may fail without harm (``training/mirrors.py``).
+
+    Attributes:
+        wandb: one at wandb.
+        tensorboard: one for TensorBoard.
+    """
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from unimoe_mcore.config.trainer import (
     RECOMPUTE,
     SPLITS,
     TRACED_RANKS,
+    WANDB_MODES,
     TrainerConfig,
     ValidationConfig,
 )
@@ -28,7 +29,6 @@ COMPOSITIONS = ("mixed", "uniform")
 DEALINGS = ("balanced", "sharded")
 MISSING = ("refuse", "skip")
 LORA_TARGETS = ("attention", "mlp", "experts")
-WANDB_MODES = ("disabled", "offline", "online")
 
 
 SMALLEST_VOCABULARY = 264
@@ -71,7 +71,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("trainer.evaluation.split", recipe.trainer.evaluation.split, SPLITS),
         ("trainer.validation.split", recipe.trainer.validation.split, SPLITS),
         ("trainer.validation.give", recipe.trainer.validation.give, GIVES),
-        ("logging.wandb", recipe.logging.wandb, WANDB_MODES),
+        ("logging.wandb.mode", recipe.logging.wandb.mode, WANDB_MODES),
         *(("stage.lora.targets", target, LORA_TARGETS) for target in recipe.stage.lora.targets),
     ):
         if value not in allowed:

@@ -59,6 +59,7 @@ class Capabilities:
         adam: ``transformer_engine``, ``apex`` or ``torch`` (``runtime.adam``).
         attention: ``transformer_engine`` (in 16 bit; ``packed`` in fp32) or ``packed``, the
             project's own.
+        norm: ``transformer_engine`` or ``torch``.
         grouped_gemm: the experts of a rank in one grouped matrix product, unless they have
             adapters.
         dispatcher: ``alltoall``, how tokens travel to their experts.
@@ -72,6 +73,7 @@ class Capabilities:
     transformer_engine: Choice[bool]
     adam: Choice[str]
     attention: Choice[str]
+    norm: Choice[str]
     grouped_gemm: Choice[bool]
     dispatcher: Choice[str]
     permute_fusion: Choice[bool]
@@ -163,6 +165,13 @@ def choose(machine: Machine) -> Capabilities:
         transformer_engine=layers,
         adam=_choose_adam(machine),
         attention=_choose_attention(layers.value),
+        norm=Choice(
+            "transformer_engine",
+            "RMSNorm of Transformer Engine, in one module with the linear layer after it, unless "
+            "that has an adapter",
+        )
+        if layers.value
+        else Choice("torch", "torch's RMSNorm, with local layers"),
         grouped_gemm=Choice(
             layers.value,
             "GroupedLinear of Transformer Engine; experts with adapters run one after another"
@@ -172,7 +181,7 @@ def choose(machine: Machine) -> Capabilities:
         dispatcher=Choice("alltoall", "Megatron's own, on any device"),
         permute_fusion=plain,
         rope_fusion=plain,
-        weight_gradient_fusion=_choose_weight_gradients(machine),
+        weight_gradient_fusion=_choose_weight_gradients(machine, layers.value),
         compiled_fusions=Choice(
             machine.cuda.value,
             "torch.compile for the GPU"
@@ -234,11 +243,19 @@ def _choose_adam(machine: Machine) -> Choice[str]:
     return Choice("torch", "torch's fused kernel; neither Transformer Engine nor NVIDIA Apex here")
 
 
-def _choose_weight_gradients(machine: Machine) -> Choice[bool]:
+def _choose_weight_gradients(machine: Machine, layers: bool) -> Choice[bool]:
+    """Always: Transformer Engine's modules do it themselves, Megatron's by Apex or by torch.
+
+    The output layer is Megatron's in both cases.
+    """
     if machine.cuda.value and machine.wgrad.value:
-        return Choice(True, f"NVIDIA Apex: {machine.wgrad.reason}")
-    why = "Apex's kernel needs CUDA" if machine.wgrad.value else machine.wgrad.reason
-    return Choice(True, f"torch's own matrix product; {why}")
+        local = f"NVIDIA Apex, {machine.wgrad.reason}"
+    else:
+        why = "Apex's kernel needs CUDA" if machine.wgrad.value else machine.wgrad.reason
+        local = f"torch's own matrix product, {why}"
+    if layers:
+        return Choice(True, f"Transformer Engine's modules do it; the output layer: {local}")
+    return Choice(True, local)
 
 
 def _probe_module(name: str) -> Choice[bool]:

@@ -1,8 +1,8 @@
 """The run directory: the truth about a run.
 
 ``runs/<name>/`` holds ``config.yaml`` (resolved), ``version.json``, ``metrics.jsonl``,
-``validation.jsonl``, ``events.jsonl``, ``parameters.json``, ``checkpoints/``, ``evaluation/`` and,
-when the run is done, ``gives/``.
+``validation.jsonl``, ``events.jsonl``, ``parameters.json``, ``checkpoints/``, ``evaluation/``,
+``mirrors/`` if there are any and, when the run is done, ``gives/``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from unimoe_mcore.config.errors import UserError
 PACKAGES = ("torch", "megatron-core", "transformers", "webdataset", "numpy")
 
 
-_BY_STEP = ("metrics.jsonl", "validation.jsonl")
+_METRICS, _VALIDATION = "metrics.jsonl", "validation.jsonl"
+_BY_STEP = (_METRICS, _VALIDATION)
 """Files with a line for every step, or for some."""
 
 
@@ -79,6 +80,21 @@ class RunDirectory:
         """Where every rank notes the sample that it decodes."""
         return self.path / "reading"
 
+    @property
+    def metrics_file(self) -> Path:
+        """What every step was like."""
+        return self.path / _METRICS
+
+    @property
+    def validation_file(self) -> Path:
+        """Held-out losses."""
+        return self.path / _VALIDATION
+
+    @property
+    def mirrors(self) -> Path:
+        """What mirrors hold, and their files."""
+        return self.path / "mirrors"
+
     def evaluation(self, name: str, split: str) -> Path:
         """Record of a split's held-out questions, ``before`` or ``after`` training."""
         return self.path / "evaluation" / f"{name}.{split}.jsonl"
@@ -121,19 +137,20 @@ class RunDirectory:
         left = ("tokenizer.json", "events.jsonl", "data.txt", "quarantine.jsonl", *_BY_STEP)
         for name in left:
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "evaluation", ignore_errors=True)
+        for folder in (self.path / "evaluation", self.mirrors):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        self._append("metrics.jsonl", record)
+        self._append(_METRICS, record)
 
     def validation(self, record: dict[str, Any]) -> None:
         """Append one line to ``validation.jsonl``."""
-        self._append("validation.jsonl", record)
+        self._append(_VALIDATION, record)
 
     def validations(self) -> list[dict[str, Any]]:
         """The lines of ``validation.jsonl``."""
-        path = self.path / "validation.jsonl"
+        path = self.validation_file
         return read_lines(path) if path.is_file() else []
 
     def event(self, kind: str, **facts: Any) -> None:

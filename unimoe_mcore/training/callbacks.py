@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.runtime.run_directory import RunDirectory
 from unimoe_mcore.training.meter import Measured
 
@@ -84,68 +83,26 @@ class Callback(Protocol):
 
 @dataclass
 class Metrics:
-    """Writes ``metrics.jsonl`` and mirrors it to wandb if the recipe asks for it.
+    """Writes ``metrics.jsonl``.
 
     Attributes:
+        run: where lines go.
         peak: operations a second that all ranks together could do at most.
     """
 
     run: RunDirectory
-    recipe: Recipe
     peak: float
-    _mirror: Any = None
 
     def start(self, step: int) -> None:
-        """Drop lines of steps that are done again; open the mirror."""
+        """Drop lines of steps that are done again."""
         self.run.forget_after(step)
-        if self.run.writes and self.recipe.logging.wandb != "disabled":
-            self._mirror = _open_wandb(self.run, self.recipe)
 
     def step(self, record: StepRecord) -> None:
         """Write one line."""
-        line = record.flat(self.peak)
-        self.run.metrics(line)
-        self._mirrored(lambda mirror: mirror.log(line, step=record.step))
+        self.run.metrics(record.flat(self.peak))
 
     def end(self) -> None:
-        """Close the mirror."""
-        self._mirrored(lambda mirror: mirror.finish())
-
-    def _mirrored(self, work: Callable[[Any], object]) -> None:
-        """Do something with the mirror; the first failure ends it, not the run."""
-        if self._mirror is None:
-            return
-        try:
-            work(self._mirror)
-        except Exception as error:
-            self._mirror = None
-            _wandb_is_off(self.run, error)
-
-
-def _open_wandb(run: RunDirectory, recipe: Recipe) -> Any:
-    """The mirror, or None: wandb may fail without harm to the run."""
-    try:
-        import wandb
-
-        if recipe.logging.wandb == "online" and not wandb.login(prompt=False):
-            raise RuntimeError("no API key: log in with `wandb login`, or set WANDB_API_KEY")
-        return wandb.init(
-            project=recipe.logging.project,
-            name=recipe.name,
-            id=recipe.name,
-            resume="allow",
-            mode=recipe.logging.wandb,  # type: ignore[arg-type]
-            dir=str(run.path),
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )
-    except Exception as error:
-        _wandb_is_off(run, error)
-        return None
-
-
-def _wandb_is_off(run: RunDirectory, error: Exception) -> None:
-    run.event("wandb failed", error=str(error))
-    print(f"wandb is off for this run: {error}", file=sys.stderr, flush=True)
+        """Nothing to do."""
 
 
 @dataclass

@@ -70,6 +70,7 @@ from unimoe_mcore.training.data import (
 from unimoe_mcore.training.feed import Feed
 from unimoe_mcore.training.inventory import as_json, by_part, table
 from unimoe_mcore.training.loop import train
+from unimoe_mcore.training.mirrors import Mirrors
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.profile import Profile
 from unimoe_mcore.training.step import train_step
@@ -151,10 +152,15 @@ class StageRun:
             self.recipe.name,
             self.directory,
             self.checkpoints,
-            lambda: held_out_losses(self._ask(questions, rows=rows).records),
+            lambda: held_out_losses(self._ask(questions, self._records_routing, rows=rows).records),
             lambda step: self._save(step, best=True),
             len(rows),
         )
+
+    @property
+    def _records_routing(self) -> bool:
+        """Whether it is looked where the tokens of held-out questions go."""
+        return self.recipe.trainer.evaluation.routing and self.recipe.stage.kind == "moe"
 
     def _start(self) -> Start | None:
         """What ``stage.init_from`` names; once there are checkpoints, they hold what trains."""
@@ -213,11 +219,13 @@ class StageRun:
         trainer = self.recipe.trainer
         if first == 0 and trainer.evaluation.before:
             self.evaluate("before")
+        mirrors = Mirrors(self.directory, self.recipe)
         callbacks: list[Callback] = [
-            Metrics(self.directory, self.recipe, self.peak.operations * dist.get_world_size()),
+            Metrics(self.directory, self.peak.operations * dist.get_world_size()),
             Profile(trainer.profile, self.directory.path / "profile"),
             Progress(self.recipe.name, trainer.steps, trainer.log_every, self.first_rank),
             *([self.validation] if self.validation else []),
+            mirrors,
             Checkpoints(
                 trainer.checkpoint_every,
                 trainer.steps,
@@ -244,6 +252,7 @@ class StageRun:
                 self.tokenizer,
             )
             self.directory.event("done", step=trainer.steps)
+        mirrors.close()
 
     def _concluded(self) -> bool:
         """Whether nothing is left to do with the weights."""
@@ -461,9 +470,8 @@ class StageRun:
                 write_answers(self.directory, name, settings.split, Asked([]), {})
                 print(f"{self.recipe.name}: the data have no held-out text questions", flush=True)
             return
-        routing = settings.routing and self.recipe.stage.kind == "moe"
         shown = f"{self.recipe.name} {name}" if self.first_rank else ""
-        asked = self._ask(self.questions, routing, shown)
+        asked = self._ask(self.questions, self._records_routing, shown)
         if self.first_rank:
             facts = self.manifest.datasets.get(settings.split, {})
             exact = write_answers(self.directory, name, settings.split, asked, facts)

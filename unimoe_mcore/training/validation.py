@@ -58,9 +58,10 @@ class Validation:
     """Measures the held-out loss every so many steps and after the last one.
 
     Writes ``validation.jsonl``: step, split, number of questions asked and answered, seconds,
-    ``loss`` and ``loss/<group>`` per label token as in ``metrics.jsonl``, ``exact/<dataset>``. The
-    best step is that of the lowest ``loss`` over the same questions; it is saved, and its
-    checkpoint kept.
+    ``loss`` and ``loss/<group>`` per label token as in ``metrics.jsonl``, ``exact/<dataset>``, and
+    where the tokens went, ``router/groups`` as in ``metrics.jsonl``, if that is recorded. The best
+    step is that of the lowest ``loss`` over the same questions; it is saved, and its checkpoint
+    kept.
 
     Attributes:
         settings: when.
@@ -80,7 +81,7 @@ class Validation:
     name: str
     run: RunDirectory
     checkpoints: CheckpointFolder
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[[], dict[str, Any]]
     save: Callable[[int], None]
     asked: int
     best: Best | None = field(default=None, init=False)
@@ -121,7 +122,7 @@ class Validation:
         self.checkpoints.mark_best(best.step)
         return best
 
-    def _line(self, step: int, losses: dict[str, float], seconds: float) -> dict[str, Any]:
+    def _line(self, step: int, losses: dict[str, Any], seconds: float) -> dict[str, Any]:
         return {
             "step": step,
             "split": self.settings.split,
@@ -131,7 +132,7 @@ class Validation:
         }
 
 
-def _words(losses: dict[str, float], best: bool) -> str:
+def _words(losses: dict[str, Any], best: bool) -> str:
     each = ", ".join(
         f"{name.removeprefix('loss/')} {value:.3f}"
         for name, value in losses.items()
