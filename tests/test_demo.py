@@ -87,7 +87,7 @@ def test_the_comparison_is_by_task_and_by_modality() -> None:
     assert spread(arm) == pytest.approx(0.3)
     assert spread(even) == 0
     table = comparison_tables([Arm(even, 1000, 2_000_000), Arm(arm, 1500, 10)], {"c": 0.2})
-    assert "| `a` | 10 | 0.00 | 0.50 (0.24 to 0.76) | 0.50 (0.24 to 0.76) |" in table
+    assert "| `a` | 10 | unknown | 0.50 (0.24 to 0.76) | 0.50 (0.24 to 0.76) |" in table
     assert "| `c` | 10 | 0.20 | 0.50 (0.24 to 0.76) | 0.10 (0.02 to 0.40) * |" in table
     assert "| **spread** | 0.000 | 0.300 |" in table
     assert "| tokens after stage 1 | 1,000 | 1,500 |" in table

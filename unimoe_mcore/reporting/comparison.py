@@ -53,17 +53,18 @@ def _tasks(arms: Sequence[Arm], majority: dict[str, float]) -> str:
     group = {record["dataset"]: record["group"] for arm in arms for record in arm.judged.records}
     rows = [["task", "n", "majority", *(arm.judged.title for arm in arms)]]
     for task in sorted(group, key=lambda name: (GROUPS.index(group[name]), name)):
-        most = majority.get(task, 0.0)
+        most = majority.get(task)
         cells = []
         for each in scores:
             if task not in each:
                 cells.append("")
                 continue
             low, high = each[task].interval
-            mark = "" if low > most else " *"
+            mark = " *" if most is not None and low <= most else ""
             cells.append(f"{each[task].share:.2f} ({low:.2f} to {high:.2f}){mark}")
         total = max(each[task].total for each in scores if task in each)
-        rows.append([f"`{task}`", str(total), f"{most:.2f}", *cells])
+        known = "unknown" if most is None else f"{most:.2f}"
+        rows.append([f"`{task}`", str(total), known, *cells])
     means = (statistics.fmean(score.share for score in each.values()) for each in scores)
     rows.append(["**mean**", "", "", *(f"**{mean:.3f}**" for mean in means)])
     explained = (
