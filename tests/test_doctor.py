@@ -16,7 +16,7 @@ def test_this_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     report = capsys.readouterr().out
     rows = {line[:27].strip(): line[27:].split("  ")[0].strip() for line in report.splitlines()}
     assert rows["mixture of experts"] == "trains"
-    assert rows["Transformer Engine layers"] == "no"
+    assert rows["layers"] == "Megatron"
     assert rows["attention"] == "packed"
     assert rows["norm"] == rows["optimizer, AdamW of"] == "torch"
     assert rows["token dispatcher"] == "alltoall"

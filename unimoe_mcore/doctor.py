@@ -37,7 +37,7 @@ OPTIONAL = {
 
 KERNELS = (
     ("cuda", "device"),
-    ("transformer_engine", "Transformer Engine layers"),
+    ("transformer_engine", "layers"),
     ("attention", "attention"),
     ("norm", "norm"),
     ("grouped_gemm", "experts in one product"),
@@ -49,6 +49,9 @@ KERNELS = (
     ("rope_fusion", "rotary embedding fused"),
 )
 """Every choice of ``runtime.capabilities``, and what a user calls it."""
+
+NAMES = {"cuda": ("CPU", "CUDA"), "transformer_engine": ("Megatron", "Transformer Engine")}
+"""What ``no`` and ``yes`` are called, if otherwise."""
 
 WIDTH, SUBJECT, VALUE = 80, 27, 19
 """Characters of a line, and of its first two columns."""
@@ -95,7 +98,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     else:
         if missing := _missing(found):
             print(_in_words("Missing, and how to get it", missing))
-        print(f"\n{textwrap.fill(verdict, WIDTH)}")
+        print("\n" + textwrap.fill(verdict, WIDTH, break_on_hyphens=False))
     return 1 if _bad(found) else 0
 
 
@@ -241,9 +244,8 @@ def look_at_kernels() -> list[Finding]:
     findings = []
     for field, subject in KERNELS:
         choice = getattr(chosen, field)
-        words = {True: "yes", False: "no"}.get(choice.value, str(choice.value))
-        if field == "cuda":
-            words = "CUDA" if choice.value else "CPU"
+        no, yes = NAMES.get(field, ("no", "yes"))
+        words = {True: yes, False: no}.get(choice.value, choice.value)
         findings.append(Finding(subject, words.replace("_", " "), choice.reason))
     apex = probe_apex()
     if "not NVIDIA's" in apex.reason:
