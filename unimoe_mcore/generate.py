@@ -24,6 +24,7 @@ from unimoe_mcore.compose import speak  # noqa: E402
 from unimoe_mcore.config.errors import UserError  # noqa: E402
 from unimoe_mcore.generation.asked_run import AskedRun, open_run  # noqa: E402
 from unimoe_mcore.generation.prompt import Prompt, make_prompt, read_attachment  # noqa: E402
+from unimoe_mcore.generation.sampling import Sampling  # noqa: E402
 from unimoe_mcore.runtime.failure import INTERRUPTED, leave  # noqa: E402
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     processes = joined() or given.processes
     run = open_run(given.run, given.checkpoint, at_least_one(processes))
-    prompt = _prompt(run, given)
-    for note in prompt.notes if not joined() or is_first() else ():
-        print(f"note: {note}", file=sys.stderr)
+    sampling = Sampling(given.temperature, given.top_p, given.seed)
+    sampling.check()
+    prompt = _prompt(run, given) if is_first() else None
     if processes > 1 and not joined():
         return _launch(arguments, processes, given.run.name)
     try:
-        return _ask(run, prompt, given)
+        return _ask(run, prompt, sampling, given)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -144,12 +145,10 @@ def _launch(arguments: Sequence[str], processes: int, run: str) -> int:
     return run_processes(command, Place(processes), run, "the same command asks again")
 
 
-def _ask(run: AskedRun, prompt: Prompt, given: argparse.Namespace) -> int:
-    from unimoe_mcore.generation.sampling import Sampling
-
-    sampling = Sampling(given.temperature, given.top_p, given.seed)
-    sampling.check()
-
+def _ask(
+    run: AskedRun, prompt: Prompt | None, sampling: Sampling, given: argparse.Namespace
+) -> int:
+    """Answer, or without a prompt run along with the process that does."""
     from unimoe_mcore.runtime.devices import prepare_device
 
     prepare_device()  # before anything of Megatron is imported
@@ -159,7 +158,11 @@ def _ask(run: AskedRun, prompt: Prompt, given: argparse.Namespace) -> int:
     from unimoe_mcore.runtime import groups
 
     model = load_model(run, groups.initialise(run.recipe.parallel, timeout=NEVER))
-    if is_first():
+    if prompt is None:
+        run_along(model, run.tokenizer.pad)
+    else:
+        for note in prompt.notes:
+            print(f"note: {note}", file=sys.stderr)
         answerer = Answerer(run, model)
         try:
             answer = _print(answerer.answer(prompt, sampling, not given.no_cache), given.json)
@@ -167,8 +170,6 @@ def _ask(run: AskedRun, prompt: Prompt, given: argparse.Namespace) -> int:
             answerer.end()
         if given.json:
             print(json.dumps(_facts(run, prompt, answer), ensure_ascii=False))
-    else:
-        run_along(model, run.tokenizer.pad)
     groups.destroy()
     return 0
 

@@ -56,7 +56,7 @@ def start(config: Path, place: Place) -> int:
     Returns:
         As ``run_processes``.
     """
-    continues = "the same command continues"
+    continues = "the same command continues from the newest checkpoint"
     return run_processes(["unimoe_mcore.train", str(config)], place, config.parent.name, continues)
 
 

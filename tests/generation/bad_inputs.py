@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+@cache
 def png_of(width: int, height: int) -> bytes:
     """A PNG of one grey, compressed as tightly as can be, made without its pixels in memory."""
     packer = zlib.compressobj(1)
@@ -76,9 +78,10 @@ def video_of_sound() -> bytes:
     return file.getvalue()
 
 
-def hours(number: float) -> bytes:
-    """A FLAC of silence."""
-    return sound(np.zeros(int(number * 3600 * 8000), np.int16), rate=8000, form="FLAC").data
+@cache
+def hours(number: int) -> bytes:
+    """A FLAC of silence, at a low rate so that it is soon made."""
+    return sound(np.zeros(number * 3600 * 1000, np.int16), rate=1000, form="FLAC").data
 
 
 def not_a_number() -> bytes:

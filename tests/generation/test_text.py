@@ -7,7 +7,8 @@ import torch
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.generation.sampling import Chooser, Sampling
+from unimoe_mcore.generation.choosing import Chooser
+from unimoe_mcore.generation.sampling import Sampling
 from unimoe_mcore.generation.text_stream import TextStream
 
 WORDS = "Grüße aus Zürich: 猫 und 🦉, na und ob 👩‍👩‍👧"

@@ -15,9 +15,10 @@ from unimoe_mcore.checkpoints.loading import load_sources
 from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.checkpoints.trained import load_weights
 from unimoe_mcore.generation.asked_run import AskedRun
+from unimoe_mcore.generation.choosing import Chooser
 from unimoe_mcore.generation.lockstep import Lockstep
 from unimoe_mcore.generation.prompt import Prompt
-from unimoe_mcore.generation.sampling import Chooser, Sampling
+from unimoe_mcore.generation.sampling import Sampling
 from unimoe_mcore.generation.shares import ExpertShares, Shares
 from unimoe_mcore.generation.text_stream import TextStream
 from unimoe_mcore.model.build import build_model

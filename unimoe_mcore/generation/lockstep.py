@@ -1,8 +1,8 @@
 """Processes that share the experts of a model, of which the first one answers.
 
 In every MoE layer tokens travel to the processes that hold their experts, so that all must run
-through it together. The others run a row of one token of padding along; they hold no media, no
-cache and no encoder, and say nothing.
+through it together. The others run a row of one token of padding along; they hold no media and no
+cache, and say nothing.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ class Lockstep:
 def run_along(model: UniMoEModel, pad: int) -> None:
     """Run with the first process until it ends.
 
+    Encoders are given back: media are the first process's.
+
     Args:
         pad: token of padding.
     """
+    for tower in model.modality_submodules.values():
+        tower.features.release()
     row = torch.tensor([[pad]], device=device())
     hidden = model.get_text_embeddings(row, torch.zeros_like(row), {})[:, None]
     while _told() == _STEP:

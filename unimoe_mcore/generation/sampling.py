@@ -1,12 +1,9 @@
-"""Which token comes next: the likeliest, or one drawn from the likely ones."""
+"""How the tokens of an answer are chosen, as somebody who asks says it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from unimoe_mcore.config.errors import UserError
 
@@ -38,27 +35,3 @@ class Sampling:
             raise UserError(f"top-p is {self.top_p:g}, it must be above 0 and at most 1.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"The seed {self.seed} is not between 0 and 2^63 - 1.")
-
-
-class Chooser:
-    """Chooses the tokens of one answer."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token.
-
-        Args:
-            logits: ``[vocabulary]`` fp32.
-        """
-        if not self._sampling.temperature:
-            return int(logits.argmax())
-        # On the CPU, so that a seed gives the same answer on any device.
-        logits = logits.cpu().double() / self._sampling.temperature
-        likely, order = torch.softmax(logits, 0).sort(descending=True, stable=True)
-        before = likely.cumsum(0) - likely
-        likely = likely.masked_fill(before >= self._sampling.top_p, 0.0)
-        drawn = torch.multinomial(likely, 1, generator=self._generator)
-        return int(order[drawn])
