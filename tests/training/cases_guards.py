@@ -21,6 +21,7 @@ from unimoe_mcore.model.router import routers
 from unimoe_mcore.runtime import groups
 from unimoe_mcore.runtime.run_directory import read_lines
 from unimoe_mcore.training import step
+from unimoe_mcore.training.announcement import announce
 from unimoe_mcore.training.module import TrainModule
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
@@ -189,7 +190,7 @@ def _untested(folder: str) -> list[dict[str, Any]]:
     """The event of a layout that was allowed without having been compared."""
     layout = ("parallel.expert=1", "parallel.expert_tensor=2", "parallel.allow_untested=true")
     stage = opened(composed(folder, "stage3", "name=untested", *layout, *TENSOR))
-    stage._announce()
+    announce(stage.recipe, stage.directory, stage.module, stage.precision, stage.peak)
     _close(stage)
     events = read_lines(stage.directory.path / "events.jsonl")
     return [event for event in events if event["event"] == "untested layout"]

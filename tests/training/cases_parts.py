@@ -17,6 +17,7 @@ from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.checkpoints.trained import MODEL, checkpoint_pieces, owned_by
 from unimoe_mcore.model.initialise import name_seed
 from unimoe_mcore.runtime import groups
+from unimoe_mcore.training.announcement import announce
 from unimoe_mcore.training.stage import StageRun
 from unimoe_mcore.training.step import train_step
 
@@ -161,7 +162,7 @@ def rates(folder: str, extra: list[str]) -> dict[str, Any]:
         for group in stage.module.optimizer.param_groups
         for parameter in group["params"]
     }
-    stage._announce()
+    announce(stage.recipe, stage.directory, stage.module, stage.precision, stage.peak)
     dist.barrier()
     facts = {
         "given": given,

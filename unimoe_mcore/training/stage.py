@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -40,23 +39,16 @@ from unimoe_mcore.checkpoints.training import (
     read_state,
 )
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.config.parallel import (
-    TESTED,
-    features,
-    layout_words,
-    lockstep_ranks,
-    microbatch_multiple,
-    tested_layouts,
-)
+from unimoe_mcore.config.parallel import lockstep_ranks, microbatch_multiple
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.evaluation.questions import Asked, ask, write_answers
 from unimoe_mcore.evaluation.summary import held_out_losses, words
-from unimoe_mcore.model.memory import recipe_memory
 from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 from unimoe_mcore.runtime.peak import Peak, matrix_peak
 from unimoe_mcore.runtime.precision import choose_precision
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
 from unimoe_mcore.training.agreement import decided_by_first_rank
+from unimoe_mcore.training.announcement import announce
 from unimoe_mcore.training.callbacks import Callback, Checkpoints, Metrics, Progress
 from unimoe_mcore.training.costs import costs_of
 from unimoe_mcore.training.data import (
@@ -68,7 +60,6 @@ from unimoe_mcore.training.data import (
     training_catalogue,
 )
 from unimoe_mcore.training.feed import Feed
-from unimoe_mcore.training.inventory import as_json, by_part, table
 from unimoe_mcore.training.loop import train
 from unimoe_mcore.training.mirrors import Mirrors
 from unimoe_mcore.training.module import TrainModule
@@ -213,7 +204,7 @@ class StageRun:
     def run(self) -> None:
         """Resume or start, train, evaluate, give; what is done already is not done again."""
         self.directory.write_version()
-        self._announce()
+        announce(self.recipe, self.directory, self.module, self.precision, self.peak)
         first = self._resume()
         decided_by_first_rank(self._forget_outdated)
         trainer = self.recipe.trainer
@@ -315,63 +306,6 @@ class StageRun:
         for tower in self.module.towers():
             if not {*tower.modalities, MIXED} & set(given):
                 tower.features.release()
-
-    def _announce(self) -> None:
-        """Say and record what trains, at which rates, what does not, and what it takes."""
-        inventory, layout = self.module.inventory, asdict(self.recipe.parallel)
-        parts = by_part(inventory, trained=True)
-        total, trained = sum(entry.count for entry in inventory), sum(parts.values())
-        ranks, stage = dist.get_world_size(), int(self.module.groups.pp.rank())
-        connectors = {
-            tower.name: sum(p.numel() for p in tower.parameters()) for tower in self.module.towers()
-        }
-        memory = recipe_memory(self.recipe, connectors, ranks, stage, self.precision)
-        self.directory.event(
-            "start",
-            parameters=total,
-            trained=trained,
-            parts=parts,
-            ranks=ranks,
-            layout=layout,
-            precision=self.precision,
-            peak=asdict(self.peak),
-            memory=asdict(memory),
-        )
-        if self.module.began_with:
-            self.directory.event(
-                "began with", folder=self.recipe.stage.init_from, parts=self.module.began_with
-            )
-        if self.first_rank:
-            write_text(self.directory.parameters, as_json(inventory))
-            print(
-                f"{self.recipe.name}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M train, "
-                f"{ranks} processes, {layout_words(self.recipe.parallel)}, {self.precision}\n"
-                f"{table(inventory, self.recipe)}",
-                flush=True,
-            )
-            print(f"{self.recipe.name}: {memory.words()}", flush=True)
-            if self.module.began_with:
-                taken = ", ".join(f"{part} {n}" for part, n in self.module.began_with.items())
-                print(
-                    f"{self.recipe.name}: begins with {self.recipe.stage.init_from}, tensors: "
-                    f"{taken}",
-                    flush=True,
-                )
-        self._warn_untested()
-
-    def _warn_untested(self) -> None:
-        """Say what was tested where the layout was not."""
-        parallel = self.recipe.parallel
-        if features(parallel) in TESTED:
-            return
-        kind, tested = " x ".join(features(parallel)), tested_layouts()
-        self.directory.event("untested layout", layout=kind, tested=tested)
-        if self.first_rank:
-            print(
-                f"{self.recipe.name}: the layout {kind} was never compared with one process; "
-                f"those that were: {'; '.join(tested)}",
-                flush=True,
-            )
 
     def _state(self, step: int) -> RunState:
         return RunState(
