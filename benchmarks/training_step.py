@@ -53,10 +53,10 @@ SIZES = (
     Size("hidden 256", 4, 256, 15, 20),
     Size(
         "SmolLM2-135M's",
-        4,
+        2,
         128,
         5,
-        8,
+        4,
         {
             "blocks": 30,
             "hidden": 576,
