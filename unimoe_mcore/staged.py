@@ -49,7 +49,8 @@ class Stages:
         """Look at what the data hold.
 
         Args:
-            overrides: Hydra overrides of every run; they win over those of the schedule.
+            overrides: Hydra overrides of every run; they win over those of the schedule, but for
+                what it computes and what ``refuse_own`` refuses.
 
         Raises:
             UserError: if the data hold nothing but text.
@@ -62,16 +63,17 @@ class Stages:
         self._digits = "img_digit" in manifest.datasets["train"]
         self._overrides = overrides
 
-    def composed(self, name: str, *extra: str) -> Recipe:
+    def composed(self, name: str, *extra: str, computed: Sequence[str] = ()) -> Recipe:
         """A recipe for these data.
 
         Args:
             extra: overrides of the schedule.
+            computed: overrides that win over the user's.
         """
         where = _DATASETS.get(name)
         added = [f"+{where}.img_digit=1.0"] if self._digits and where else []
         ours = ["data.missing=skip", *self._absent, *added, *extra]
-        return compose_recipe(name, [*ours, *self._overrides])
+        return compose_recipe(name, [*ours, *self._overrides, *computed])
 
     def experts(self, *extra: str) -> list[Run]:
         """Stage 2: one run for every tower."""
@@ -97,6 +99,27 @@ class Stages:
             experts.append(OWN_MLP)
         listed = ",".join(f"'{entry}'" for entry in experts)
         return self.composed("stage3", f"stage.experts=[{listed}]", *extra)
+
+
+OWN = ("name", "stage.expert", "stage.experts")
+"""What every schedule sets by itself, for each run another value."""
+
+
+def refuse_own(overrides: Sequence[str], more: Sequence[str] = ()) -> None:
+    """Refuse overrides of what tells the runs of a schedule apart.
+
+    Args:
+        more: what this schedule sets besides ``OWN``.
+
+    Raises:
+        UserError: naming them.
+    """
+    names = [override.partition("=")[0].strip("+~ ") for override in overrides]
+    if refused := [name for name in names if name in (*OWN, *more)]:
+        raise UserError(
+            f"{', '.join(refused)} cannot be set for all runs: the schedule sets it for each; "
+            "leave it out, or start a run by itself with python -m unimoe_mcore.launch."
+        )
 
 
 def available(manifest: Manifest) -> list[str]:

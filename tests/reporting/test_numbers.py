@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from tests.reporting.made_up import (
     write_run,
     write_schedule,
 )
-from unimoe_mcore.reporting.document import Figure, Table
+from unimoe_mcore.reporting.document import Document, Figure, Panel, Table
 from unimoe_mcore.reporting.markdown import inline, markdown
 from unimoe_mcore.reporting.page import page
 from unimoe_mcore.reporting.results import gather
@@ -153,10 +154,18 @@ def test_both_forms_hold_the_same_tables(runs: Path) -> None:
         for row in table:
             assert "| " + " | ".join(row) + " |" in text
     assert len(shown) == len(Tables(page(report)).found)
-    for figure in every(report.blocks, Figure):
-        for panel in figure.panels:
-            assert files[f"report-files/{panel.name}.svg"].decode() == panel.svg
-            assert panel.svg in page(report)
+    pictures = [panel.svg for each in every(report.blocks, Figure) for panel in each.panels]
+    assert [files[path].decode() for path in re.findall(r"report-files/[^)]*svg", text)] == pictures
+    assert all(picture in page(report) for picture in pictures)
+
+
+def test_pictures_of_one_name_have_a_file_each() -> None:
+    names = ("losses-lr0-1", "losses-lr0-1", "losses-LR0-1", "losses-lr0-1-2")
+    panels = [Panel(name, f"<svg>{number}</svg>", "x") for number, name in enumerate(names)]
+    text, files = markdown(Document([Figure(panels[:2]), Figure(panels[2:])]))
+    paths = re.findall(r"report-files/[^)]*svg", text)
+    assert [files[path].decode() for path in paths] == [panel.svg for panel in panels]
+    assert len({path.lower() for path in paths}) == len(panels)
 
 
 def every(blocks: Any, kind: type) -> Iterator[Any]:

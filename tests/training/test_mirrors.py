@@ -8,6 +8,8 @@ import json
 import shutil
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -42,8 +44,20 @@ def recipe(folder: Path, *extra: str) -> Recipe:
     return chosen
 
 
-def train(run: RunDirectory, recipe: Recipe, first: int, last: int, close: bool = True) -> Mirrors:
-    """What a run does with its directory and its mirrors, without the training."""
+def train(
+    run: RunDirectory,
+    recipe: Recipe,
+    first: int,
+    last: int,
+    close: bool = True,
+    last_words: bool = True,
+) -> Mirrors:
+    """What a run does with its directory and its mirrors, without the training.
+
+    Args:
+        close: at the end; else the mirrors are as after a kill.
+        last_words: whether they show what is left before that; else they go on.
+    """
     run.forget_after(first)
     told = Mirrors(run, recipe)
     told.start(first)
@@ -57,7 +71,7 @@ def train(run: RunDirectory, recipe: Recipe, first: int, last: int, close: bool 
         if last == recipe.trainer.steps:
             answer(run, "after", 0.75)
         told.close()
-    else:
+    elif last_words:
         for follower in told._followers:  # a kill, when all was shown
             follower._work.put(None)
             follower._thread.join(60)
@@ -214,6 +228,7 @@ class Recorded:
         self.fails_at, self.held = fails_at, held
         self.opened: list[int] = []
         self.steps: list[int] = []
+        self.flushes = 0
 
     def open(self, identity: str, step: int) -> int:
         self.opened.append(step)
@@ -225,14 +240,16 @@ class Recorded:
         self.steps.append(row.step)
 
     def show(self, step: int, name: str, picture: Any) -> None: ...
-    def flush(self) -> None: ...
     def close(self) -> None: ...
+
+    def flush(self) -> None:
+        self.flushes += 1
 
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(mirror: Recorded) -> tuple[RunDirectory, Recipe]:
-        monkeypatch.setattr(mirrors, "mirrors_of", lambda *_: [mirror])
+    def use(*shown: Recorded) -> tuple[RunDirectory, Recipe]:
+        monkeypatch.setattr(mirrors, "mirrors_of", lambda *_: list(shown))
         return RunDirectory(tmp_path / "recorded"), recipe(tmp_path)
 
     return use
@@ -263,8 +280,6 @@ def test_a_failing_mirror_is_told_once_and_does_no_harm(
 def test_a_mirror_that_hangs_does_not_hold_the_run(
     recorded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import threading
-
     class Hanging(Recorded):
         def open(self, identity: str, step: int) -> int:
             let_go.wait(30)
@@ -278,6 +293,79 @@ def test_a_mirror_that_hangs_does_not_hold_the_run(
     assert "did not finish within 0 s" in capsys.readouterr().err
     assert len(read_lines(run.path / "events.jsonl")) == 1
     assert len(read_lines(run.metrics_file)) == 9
+
+
+def test_the_run_waits_once_for_all_mirrors(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Recorded):
+        def close(self) -> None:
+            let_go.wait(30)
+
+    let_go = threading.Event()
+    monkeypatch.setattr(mirrors, "CLOSING_SECONDS", 1.0)
+    late = Recorded()
+    every = [Hanging(), Hanging(), Hanging(), late]
+    for number, mirror in enumerate(every):
+        mirror.name = f"mirror {number}"
+    run, chosen = recorded(*every)
+    told = train(run, chosen, 0, 2, close=False, last_words=False)  # no pictures yet
+    began = time.monotonic()
+    told.close()
+    waited = time.monotonic() - began
+    let_go.set()
+    assert 1 <= waited < 2.9
+    assert len(read_lines(run.path / "events.jsonl")) == 3
+    assert late.steps == [1, 2]
+
+
+def test_a_mirror_that_is_behind_catches_up_at_once(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither disk nor mirror is made to wait for every single step."""
+
+    class Slow(Recorded):
+        def open(self, identity: str, step: int) -> int:
+            let_go.wait(30)
+            return super().open(identity, step)
+
+    let_go = threading.Event()
+    marks: list[int] = []
+    write_mark = mirrors.Follower._write_mark
+
+    def counted(self: Any) -> None:
+        if self._mirror is mirror:
+            marks.append(self._mark.step)
+        write_mark(self)
+
+    monkeypatch.setattr(mirrors.Follower, "_write_mark", counted)
+    monkeypatch.setattr(mirrors, "MARK_SECONDS", 3600.0)
+    mirror = Slow()
+    run, chosen = recorded(mirror)
+    told = train(run, chosen, 0, 8, close=False, last_words=False)
+    let_go.set()
+    told.close()
+    assert mirror.steps == list(range(1, 9))
+    assert marks[0] == 0
+    assert marks[-1] == 8
+    assert len(marks) <= 4  # not one a step
+    assert mirror.flushes == len(marks) - 1
+
+
+def test_a_mark_is_written_while_no_step_comes(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "MARK_SECONDS", 0.3)
+    run, chosen = recorded(Recorded())
+    told = train(run, chosen, 0, 8, close=False, last_words=False)
+    until = time.monotonic() + 20
+    while _marked(run) < 8 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert _marked(run) == 8
+    told.close()
+
+
+def _marked(run: RunDirectory) -> int:
+    path = run.mirrors / "recorded.json"
+    return int(json.loads(path.read_text())["step"]) if path.is_file() else 0
 
 
 def test_steps_that_a_mirror_holds_are_not_shown_again(recorded: Any) -> None:

@@ -7,35 +7,51 @@ again, which does not bring back what the rounding took.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from data_pipeline.conversation.published import with_markers
 from data_pipeline.conversation.tokenizer import TextTokenizer
+from unimoe_mcore.checkpoints.deferred import Deferred
+from unimoe_mcore.checkpoints.gguf_facts import Facts, listed, number, shown, size, text
+from unimoe_mcore.checkpoints.gguf_header import (
+    Header,
+    StoredTensor,
+    check_kinds,
+    read_header,
+    read_values,
+)
+from unimoe_mcore.checkpoints.gguf_tokenizer import read_tokenizer
+from unimoe_mcore.checkpoints.llama import ROPE_FACTORS, some
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.model import LanguageConfig
 
+_BLOCK = r"blk\.(0|[1-9][0-9]*)\."
 NAMES = {
     r"token_embd\.weight": "model.embed_tokens.weight",
     r"output_norm\.weight": "model.norm.weight",
     r"output\.weight": "lm_head.weight",
-    r"blk\.(\d+)\.attn_norm\.weight": r"model.layers.\1.input_layernorm.weight",
-    r"blk\.(\d+)\.attn_([qkv])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
-    r"blk\.(\d+)\.attn_output\.weight": r"model.layers.\1.self_attn.o_proj.weight",
-    r"blk\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
-    r"blk\.(\d+)\.ffn_(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
+    r"rope_freqs\.weight": ROPE_FACTORS,
+    _BLOCK + r"attn_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+    _BLOCK + r"attn_([qkv])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
+    _BLOCK + r"attn_output\.weight": r"model.layers.\1.self_attn.o_proj.weight",
+    _BLOCK + r"ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    _BLOCK + r"ffn_(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
 }
-"""GGUF's names -> transformers'; others keep their own."""
+"""GGUF's names -> ``import_llama``'s; there are no others, and no two have the same."""
 
-_CONTROL = 3
-"""GGUF's type of special tokens."""
+UNSCALED = {
+    "llama.rope.scale_linear": (0, 1),
+    "llama.rope.scaling.factor": (0, 1),
+    "llama.rope.scaling.attn_factor": (1,),
+}
+"""Keys of scaled rotary positions -> the values that scale nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +65,12 @@ class Published:
     """
 
     language: LanguageConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Deferred]
     tokenizer: TextTokenizer
 
 
 def read_gguf(path: Path) -> Published:
-    """Read a Llama from a GGUF file.
+    """Read a Llama from a GGUF file; its weights are read when they are wanted.
 
     Raises:
         UserError: if there is no such file, it is damaged, or holds something else than a Llama of
@@ -64,119 +80,140 @@ def read_gguf(path: Path) -> Published:
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        reader = GGUFReader(path)
-        tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-        facts = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError) as error:
+        header = read_header(path)
+    except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} is no whole GGUF file: {error}.") from error
     try:
-        language = _shape(facts, tied="output.weight" not in tensors)
-        tokenizer = with_markers(_tokenizer(facts), str(path))
-    except (KeyError, TypeError, ValueError) as error:
+        language = _shape(header)
+        tokenizer = with_markers(read_tokenizer(header.facts), str(path))
+        names = _named(header.tensors)
+        check_kinds(header)
+    except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}.") from error
-    weights = {}
-    for name, tensor in tensors.items():
-        named = _named(name)
-        value = _values(tensor)
-        weights[named] = _unpermuted(value, named, language)
+    weights = {
+        names[tensor.name]: Deferred(
+            tensor.shape, partial(_values, path, tensor, _heads(names[tensor.name], language))
+        )
+        for tensor in header.tensors.values()
+    }
     return Published(language, weights, tokenizer)
 
 
-def _shape(facts: dict[str, Any], tied: bool) -> LanguageConfig:
+def _shape(header: Header) -> LanguageConfig:
     """The shape that a file's metadata say.
 
     Raises:
         ValueError: if it cannot be built here.
     """
-    if facts["general.architecture"] != "llama":
-        raise ValueError(f"it holds a {facts['general.architecture']}, only llama can be read")
-
-    def fact(name: str) -> Any:
-        return facts[f"llama.{name}"]
-
-    hidden, heads = int(fact("embedding_length")), int(fact("attention.head_count"))
-    scaling = facts.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"its rotary positions are scaled ({scaling}), which is not known here")
+    facts = header.facts
+    kind = text(facts, "general.architecture")
+    if kind != "llama":
+        raise ValueError(f"it holds a {shown(kind)}, only llama can be read")
+    hidden, heads = size(facts, "llama.embedding_length"), size(facts, "llama.attention.head_count")
+    kv_heads = size(facts, "llama.attention.head_count_kv", heads)
+    blocks = size(facts, "llama.block_count")
+    _check_heads(facts, hidden, heads, kv_heads)
+    _check_unscaled(facts)
     if facts.get("llama.expert_count", 0):
         raise ValueError("it is a mixture of experts, only dense models can be a base")
-    for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-        size = facts.get(f"llama.{name}", hidden // heads)
-        if size != hidden // heads:
-            raise ValueError(f"llama.{name} is {size}, not hidden / heads = {hidden // heads}")
+    if blocks > len(header.tensors):
+        raise ValueError(f"it says {blocks} blocks, and has {len(header.tensors)} tensors")
+    # Stored in fp32: the shortest decimal that means the same is what was meant.
+    epsilon = float(str(np.float32(number(facts, "llama.attention.layer_norm_rms_epsilon"))))
+    if not 0 < epsilon < 1:
+        raise ValueError(f"llama.attention.layer_norm_rms_epsilon is {epsilon}")
     return LanguageConfig(
-        blocks=int(fact("block_count")),
+        blocks=blocks,
         hidden=hidden,
-        ffn=int(fact("feed_forward_length")),
+        ffn=size(facts, "llama.feed_forward_length"),
         heads=heads,
-        kv_heads=int(facts.get("llama.attention.head_count_kv", heads)),
-        vocabulary=len(facts["tokenizer.ggml.tokens"]),
-        max_tokens=int(fact("context_length")),
-        rope_base=int(facts.get("llama.rope.freq_base", 10000)),
-        # Stored in fp32: the shortest decimal that means the same is what was meant.
-        norm_eps=float(str(np.float32(fact("attention.layer_norm_rms_epsilon")))),
-        tied=tied,
+        kv_heads=kv_heads,
+        vocabulary=len(listed(facts, "tokenizer.ggml.tokens", str)),
+        max_tokens=size(facts, "llama.context_length"),
+        rope_base=size(facts, "llama.rope.freq_base", 10000),
+        norm_eps=epsilon,
+        tied="output.weight" not in header.tensors,
     )
 
 
-def _named(name: str) -> str:
-    for pattern, theirs in NAMES.items():
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, theirs, name)
-    return name
+def _check_heads(facts: Facts, hidden: int, heads: int, kv_heads: int) -> None:
+    """Refuse heads that cannot be built.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if hidden % (2 * heads):
+        raise ValueError(
+            f"its width {hidden} is not {heads} heads (llama.attention.head_count) of an even size"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"its {heads} heads cannot share {kv_heads} key/value heads evenly")
+    for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        found = size(facts, f"llama.{name}", hidden // heads)
+        if found != hidden // heads:
+            raise ValueError(f"llama.{name} is {found}, not hidden / heads = {hidden // heads}")
 
 
-def _values(tensor: Any) -> Tensor:
-    """A tensor's values, fp32; GGUF lists its sizes from the innermost axis on."""
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    return torch.from_numpy(np.array(values)).view(shape)
+def _check_unscaled(facts: Facts) -> None:
+    """Refuse scaled rotary positions; ``import_llama`` looks at their factors.
+
+    Raises:
+        ValueError: saying how they are scaled.
+    """
+    kind = text(facts, "llama.rope.scaling.type", "none")
+    if kind != "none":
+        raise ValueError(
+            f"its rotary positions are scaled ({shown(kind)}), which is not known here"
+        )
+    for name, neutral in UNSCALED.items():
+        if (value := number(facts, name, neutral[-1])) not in neutral:
+            raise ValueError(
+                f"its rotary positions are scaled ({name} is {shown(value)}), which "
+                "is not known here"
+            )
 
 
-def _unpermuted(value: Tensor, name: str, language: LanguageConfig) -> Tensor:
+def _named(names: Iterable[str]) -> dict[str, str]:
+    """GGUF's names -> ``import_llama``'s.
+
+    Raises:
+        ValueError: naming those that no Llama has.
+    """
+    found, unknown = {}, []
+    for name in names:
+        pattern = next((each for each in NAMES if re.fullmatch(each, name)), None)
+        if pattern is None:
+            unknown.append(f"{name} is not known")
+        else:
+            found[name] = re.sub(pattern, NAMES[pattern], name)
+    if unknown:
+        raise ValueError(some(sorted(unknown)))
+    return found
+
+
+def _heads(name: str, language: LanguageConfig) -> int:
+    """In how many heads a tensor's rows were interleaved; 0 if they were not."""
+    return {"q_proj": language.heads, "k_proj": language.kv_heads}.get(name.split(".")[-2], 0)
+
+
+def _values(path: Path, tensor: StoredTensor, heads: int) -> Tensor:
+    """A tensor's values, fp32, in transformers' layout.
+
+    Raises:
+        UserError: if the file changed since its header was read.
+    """
+    try:
+        value = torch.from_numpy(read_values(path, tensor))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{tensor.name} in {path} cannot be read: {error}.") from error
+    return _unpermuted(value, heads) if heads else value
+
+
+def _unpermuted(value: Tensor, heads: int) -> Tensor:
     """Undo what llama.cpp does to the rows of queries and keys of a Llama.
 
     It interleaves the two halves of every head (its rotary form turns neighbouring pairs);
     transformers' and Megatron's rotate halves.
     """
-    heads = {"q_proj": language.heads, "k_proj": language.kv_heads}.get(name.split(".")[-2])
-    if heads is None or len(value) % (2 * heads):
-        return value
     pairs = value.view(heads, len(value) // heads // 2, 2, -1)
     return pairs.transpose(1, 2).reshape(value.shape)
-
-
-PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-}
-"""``tokenizer.ggml.pre`` -> how text is cut into words before byte pairs are merged."""
-
-
-def _tokenizer(facts: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE of a file's metadata.
-
-    Raises:
-        ValueError: if it is of another kind.
-    """
-    kind, cut = facts["tokenizer.ggml.model"], facts.get("tokenizer.ggml.pre", "")
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(f"its tokenizer is {kind} / {cut or 'none'}, known are gpt2 / {known}")
-    tokens = facts["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]()
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, facts["tokenizer.ggml.token_type"], strict=True)
-    special = [
-        AddedToken(token, special=True, normalized=False) for token, k in kinds if k == _CONTROL
-    ]
-    tokenizer.add_special_tokens(special)
-    return tokenizer

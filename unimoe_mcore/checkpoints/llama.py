@@ -6,13 +6,13 @@ modules, as they are on disk. HybridModel counts two layers a block: attention, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unimoe_mcore.checkpoints.deferred import Deferred
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.model import LanguageConfig
 
@@ -89,12 +89,13 @@ BLOCK = (
     Rule(_MLP + "mlp.linear_fc2.weight", (_THERE + "mlp.down_proj.weight",), (("hidden", "ffn"),)),
 )
 
-SKIPPED = {
-    r"(model\.)?rope_freqs\.weight|.*\.rotary_emb\.inv_freq": "computed from the rotary base",
-}
-"""Names that are not taken -> why not."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""llama.cpp's factors of the rotary frequencies, ``[half a head]``: where they are not 1, as those
+of Llama 3.1, positions are scaled."""
+UNSCALED = "all its factors are 1"
 
-TIED_HEAD = "the output layer shares the embedding's weights"
+MOST_NAMED = 12
+"""Tensors that one message names."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,18 @@ class Imported:
     """A language model under our names.
 
     Attributes:
-        tensors: our name on disk -> values.
+        tensors: our name on disk -> values, made of theirs when they are read.
         used: their name -> our name.
         skipped: their name -> why it was not taken.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Deferred]
     used: dict[str, str]
     skipped: dict[str, str]
 
 
-def import_llama(theirs: Mapping[str, Tensor], language: LanguageConfig, source: str) -> Imported:
-    """Lay a Llama's weights out as ours.
+def import_llama(theirs: Mapping[str, Deferred], language: LanguageConfig, source: str) -> Imported:
+    """Lay a Llama's weights out as ours; of their values only the rotary factors are looked at.
 
     Args:
         theirs: their name -> values.
@@ -121,26 +122,43 @@ def import_llama(theirs: Mapping[str, Tensor], language: LanguageConfig, source:
         source: where they come from, for messages.
 
     Raises:
-        UserError: naming every tensor that is missing, has another shape, or is not known.
+        UserError: naming the tensors that are missing, have another shape, or are not known.
     """
     rules = list(_rules(language))
     problems = [p for rule in rules for p in _problems(rule, theirs, language)]
     used = {name: f"language_model.{rule.ours}" for rule in rules for name in rule.theirs}
-    skipped = {
-        name: why for name in theirs if name not in used and (why := _reason(name, language))
-    }
-    problems += [
-        f"{name} is not known"
-        for name in sorted(theirs)
-        if name not in used and name not in skipped
-    ]
+    skipped = {}
+    for name in sorted(theirs.keys() - used.keys()):
+        if name != ROPE_FACTORS:
+            problems.append(f"{name} is not known")
+        elif not _neutral(theirs[name], language):
+            problems.append(f"{name} scales the rotary positions, which is not known here")
+        else:
+            skipped[name] = UNSCALED
     if problems:
-        raise UserError(f"{source} is no Llama of the shape it says: {'; '.join(problems)}.")
+        raise UserError(f"{source} cannot be used: {some(problems)}.")
     tensors = {
-        f"language_model.{rule.ours}": rule.combine([theirs[n] for n in rule.theirs], language)
+        f"language_model.{rule.ours}": _combined(rule, [theirs[n] for n in rule.theirs], language)
         for rule in rules
     }
     return Imported(tensors, used, skipped)
+
+
+def some(problems: Sequence[str]) -> str:
+    """Problems in one sentence: the first ones, and how many there are more."""
+    more = len(problems) - MOST_NAMED
+    return "; ".join(problems[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _combined(rule: Rule, parts: Sequence[Deferred], language: LanguageConfig) -> Deferred:
+    """One of ours; every rule lays the rows of theirs one below another."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Deferred(shape, lambda: rule.combine([part.read() for part in parts], language))
+
+
+def _neutral(factors: Deferred, language: LanguageConfig) -> bool:
+    half = language.hidden // language.heads // 2
+    return factors.shape == (half,) and bool((factors.read() == 1).all())
 
 
 def _rules(language: LanguageConfig) -> list[Rule]:
@@ -154,7 +172,7 @@ def _rules(language: LanguageConfig) -> list[Rule]:
     return rules
 
 
-def _problems(rule: Rule, theirs: Mapping[str, Tensor], language: LanguageConfig) -> list[str]:
+def _problems(rule: Rule, theirs: Mapping[str, Deferred], language: LanguageConfig) -> list[str]:
     head = language.hidden // language.heads
     sizes = {**vars(language), "queries": language.heads * head, "keys": language.kv_heads * head}
     problems = []
@@ -165,9 +183,3 @@ def _problems(rule: Rule, theirs: Mapping[str, Tensor], language: LanguageConfig
         elif list(theirs[name].shape) != wanted:
             problems.append(f"{name} is {list(theirs[name].shape)}, not {wanted}")
     return problems
-
-
-def _reason(name: str, language: LanguageConfig) -> str:
-    if language.tied and name == HEAD.theirs[0]:
-        return TIED_HEAD
-    return next((why for pattern, why in SKIPPED.items() if re.fullmatch(pattern, name)), "")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Buffer, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,48 @@ class Snapshot:
 
     def write(self, folder: Path, rank: int) -> None:
         """Write the file, then its index: where there is an index, the file is whole."""
-        name = f"rank-{rank:05d}"
-        path = folder / f"{name}.safetensors"
-        digest = hashlib.sha256()
         body: Any = memoryview(self.memory.numpy())
-        with path.open("wb") as file:
-            for chunk in (
-                len(self.header).to_bytes(8, "little"),
-                self.header,
-                *(body[i : i + _CHUNK] for i in range(0, len(body), _CHUNK)),
-            ):
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        index = {"file": path.name, "sha256": digest.hexdigest(), "parts": self.parts}
-        index["held"] = self.held
-        index["check"] = index_check(index)
-        write_text(folder / f"{name}.json", json.dumps(index))
+        chunks = (body[i : i + _CHUNK] for i in range(0, len(body), _CHUNK))
+        _write(folder, rank, self.header, chunks, self.parts, self.held)
+
+
+def write_one_by_one(folder: Path, pieces: Sequence[Piece], read: Callable[[str], Tensor]) -> None:
+    """All tensors whole, as one rank of one would write them; one at a time is in memory.
+
+    Args:
+        pieces: the tensors; their data are outlines (on the meta device), of the type on disk.
+        read: makes a tensor's values by its name.
+    """
+    mine, header, parts, _ = _laid_out(pieces)
+    chunks = (
+        memoryview(read(each.name).to(each.data.dtype).reshape(-1).view(torch.uint8).numpy())
+        for each in mine
+    )
+    _write(folder, 0, header, chunks, parts, sorted(each.name for each in mine))
+
+
+def _write(
+    folder: Path,
+    rank: int,
+    header: bytes,
+    chunks: Iterable[Buffer],
+    parts: list[dict[str, Any]],
+    held: list[str],
+) -> None:
+    """A rank's file and its checksum on the way, then its index."""
+    name = f"rank-{rank:05d}"
+    path = folder / f"{name}.safetensors"
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        head: tuple[Buffer, ...] = (len(header).to_bytes(8, "little"), header)
+        for chunk in chain(head, chunks):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    index = {"file": path.name, "sha256": digest.hexdigest(), "parts": parts, "held": held}
+    index["check"] = index_check(index)
+    write_text(folder / f"{name}.json", json.dumps(index))
 
 
 class HostCopy:
@@ -81,27 +106,39 @@ class HostCopy:
     def take(self, pieces: Iterable[Piece]) -> Snapshot:
         """Copy the pieces that this rank writes; what is trained may change afterwards."""
         every = list(pieces)
-        # Large elements first, so that each lies at a multiple of its size.
-        mine = sorted((p for p in every if p.writes), key=lambda p: -p.data.element_size())
-        total = sum(piece.data.nbytes for piece in mine)
+        mine, header, parts, total = _laid_out(every)
         if self._memory.numel() < total:
             self._memory = host_memory(total)
-        header: dict[str, Any] = {}
-        parts, place = [], 0
-        for number, piece in enumerate(mine):
+        place = 0
+        for piece in mine:
             end = place + piece.data.nbytes
             slot = self._memory[place:end].view(piece.data.dtype)
             slot.view(piece.data.shape).copy_(piece.data)
-            header[f"{number:06d}"] = {
-                "dtype": DTYPES[piece.data.dtype],
-                "shape": list(piece.data.shape),
-                "data_offsets": [place, end],
-            }
-            parts.append(_described(piece, f"{number:06d}"))
             place = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        return Snapshot(parts, sorted({p.name for p in every}), text, self._memory[:total])
+        return Snapshot(parts, sorted({p.name for p in every}), header, self._memory[:total])
+
+
+def _laid_out(pieces: Iterable[Piece]) -> tuple[list[Piece], bytes, list[dict[str, Any]], int]:
+    """The pieces that this rank writes, in the order of the file's body.
+
+    Returns:
+        Them, the file's head, a description of each, and the body's length.
+    """
+    # Large elements first, so that each lies at a multiple of its size.
+    mine = sorted((p for p in pieces if p.writes), key=lambda p: -p.data.element_size())
+    header: dict[str, Any] = {}
+    parts, place = [], 0
+    for number, piece in enumerate(mine):
+        end = place + piece.data.nbytes
+        header[f"{number:06d}"] = {
+            "dtype": DTYPES[piece.data.dtype],
+            "shape": list(piece.data.shape),
+            "data_offsets": [place, end],
+        }
+        parts.append(_described(piece, f"{number:06d}"))
+        place = end
+    text = json.dumps(header).encode()
+    return mine, text + b" " * (-len(text) % 8), parts, place
 
 
 def _described(piece: Piece, name: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Panel:
     """One picture of a figure.
 
     Attributes:
-        name: a file's, without ending.
+        name: a file's, without ending; several pictures may have the same.
         svg: the picture, from ``<svg`` on.
         words: what it shows, for those who cannot see it.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from unimoe_mcore.checkpoints.files import write_text
@@ -19,6 +20,7 @@ from unimoe_mcore.reporting.document import (
     Folded,
     Heading,
     Listing,
+    Panel,
     Paragraph,
     Piece,
     Strong,
@@ -49,11 +51,9 @@ def _block(block: Block, files: dict[str, bytes]) -> str:
         case Table():
             return table(block)
         case Figure(panels):
-            for panel in panels:
-                files[f"{FILES}/{panel.name}.svg"] = panel.svg.encode()
             # Line by line, so that they stand side by side where there is room.
             return "\n".join(
-                f"![{escaped(panel.words)}]({FILES}/{panel.name}.svg)" for panel in panels
+                f"![{escaped(panel.words)}]({_picture(panel, files)})" for panel in panels
             )
         case Examples(items):
             return "\n\n".join(
@@ -65,6 +65,21 @@ def _block(block: Block, files: dict[str, bytes]) -> str:
         case Folded(summary, inner):
             parts = "\n\n".join(_block(each, files) for each in inner)
             return f"<details><summary>{escaped(summary)}</summary>\n\n{parts}\n\n</details>"
+
+
+def _picture(panel: Panel, files: dict[str, bytes]) -> str:
+    """Add a picture to the files; two of a name (of runs lr0.1 and lr0-1) are numbered.
+
+    Returns:
+        Its path.
+    """
+    # Some file systems take capitals for small letters.
+    taken = {path.lower() for path in files}
+    names = (f"-{number}" if number > 1 else "" for number in count(1))
+    paths = (f"{FILES}/{panel.name}{number}.svg" for number in names)
+    path = next(path for path in paths if path.lower() not in taken)
+    files[path] = panel.svg.encode()
+    return path
 
 
 def table(block: Table) -> str:

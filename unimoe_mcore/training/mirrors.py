@@ -12,8 +12,11 @@ import queue
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +30,9 @@ from unimoe_mcore.training.mirror_tensorboard import TensorBoardMirror
 from unimoe_mcore.training.mirror_wandb import WandbMirror
 
 CLOSING_SECONDS = 60.0
-"""How long the end of a run waits for its mirrors."""
+"""How long the end of a run waits for its mirrors, all of them together."""
+MARK_SECONDS = 5.0
+"""How long a mirror may be further than its mark: a kill has these steps shown again."""
 
 
 class Mirror(Protocol):
@@ -93,7 +98,8 @@ class Follower:
         self._mark = Mark()
         self._is_open, self._held = False, 0
         self._told = threading.Lock()
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._marked_at, self._is_ahead = -MARK_SECONDS, False
+        self._work: queue.SimpleQueue[int | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._follow, name=mirror.name, daemon=True)
 
     def start(self, step: int) -> None:
@@ -104,30 +110,55 @@ class Follower:
 
     def step(self, step: int) -> None:
         """Mirror all steps up to this one."""
-        self._work.put(lambda: self._rows(step))
+        self._work.put(step)
 
     def answered(self, step: int) -> None:
         """Mirror the evaluation after the last step, if there is one."""
         self._work.put(lambda: self._answers("after", step))
 
-    def close(self, seconds: float) -> None:
-        """Let it finish, but wait no longer than that."""
+    def finish(self) -> None:
+        """Nothing more will come."""
         self._work.put(None)
-        self._thread.join(seconds)
+
+    def join(self, deadline: float) -> None:
+        """Wait until it has finished, but no longer than to a time of ``time.monotonic``."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._switched_off(f"it did not finish within {seconds:.0f} s")
+            self._switched_off(f"it did not finish within {CLOSING_SECONDS:.0f} s")
 
     def _follow(self) -> None:
         try:
-            while (work := self._work.get()) is not None:
-                work()
+            for work in self._works():
+                if callable(work):
+                    work()
+                else:
+                    self._rows(work)
             if self._is_open:
+                self._keep_mark()
                 self._mirror.close()
         except Exception as error:  # a mirror's own code: anything may come of it
             lines = str(error).strip().splitlines()
             self._switched_off(
                 f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
             )
+            with suppress(Exception):  # what it did show need not be shown again
+                self._keep_mark()
+
+    def _works(self) -> Iterator[int | Callable[[], None]]:
+        """What is to be done, until it is finished; of steps on end the newest alone."""
+        while True:
+            try:
+                works = [self._work.get(timeout=MARK_SECONDS if self._is_ahead else None)]
+            except queue.Empty:
+                self._keep_mark()
+                continue
+            while not self._work.empty():
+                works.append(self._work.get())
+            for work, after in zip_longest(works, works[1:]):
+                if work is None:
+                    return
+                if not (isinstance(work, int) and isinstance(after, int)):
+                    yield work
 
     def _begin(self, step: int) -> None:
         if self._file.is_file():
@@ -142,8 +173,10 @@ class Follower:
             if row.step > self._held:
                 self._mirror.write(row)
                 self._show(row, VALIDATION)
+            self._mark.step, self._is_ahead = row.step, True
         self._mark.step = step
-        self._keep_mark()
+        if time.monotonic() > self._marked_at + MARK_SECONDS:
+            self._keep_mark()
 
     def _open(self) -> None:
         if self._is_open:
@@ -173,8 +206,10 @@ class Follower:
             self._mirror.show(row.step, f"routing/{name}", picture)
 
     def _keep_mark(self) -> None:
+        """Have what was shown, and how far that is, survive this process."""
         self._mirror.flush()
         self._write_mark()
+        self._marked_at, self._is_ahead = time.monotonic(), False
 
     def _write_mark(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +256,10 @@ class Mirrors:
         """Mirror the evaluation after training, and finish."""
         for follower in self._followers:
             follower.answered(self._steps)
+            follower.finish()
+        deadline = time.monotonic() + CLOSING_SECONDS
         for follower in self._followers:
-            follower.close(CLOSING_SECONDS)
+            follower.join(deadline)
 
 
 def mirrors_of(recipe: Recipe, folder: Path) -> list[Mirror]:

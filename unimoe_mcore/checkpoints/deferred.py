@@ -1,0 +1,21 @@
+"""Tensors that are read when they are wanted: a model is laid out by its shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor of which only the shape is held.
+
+    Attributes:
+        shape: its sizes.
+        read: makes its values, anew each time.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
