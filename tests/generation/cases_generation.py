@@ -40,6 +40,14 @@ LEARNS = (
     "trainer.evaluation.before=false",
 )
 """A stage 3 in which everything trains, so that after a minute it has something to say."""
+IN_BF16 = (
+    *LEARNS[1:],
+    "name=asked-bf16",
+    "trainer.precision=bf16",
+    "trainer.steps=2",
+    "trainer.lr=1e-5",
+)
+"""The same, continued in another precision; its first weights are the other's."""
 
 
 def prepared(run: Path, row: tuple[str, str, list[MediaFile]]) -> Prompt:
@@ -52,14 +60,31 @@ def prepared(run: Path, row: tuple[str, str, list[MediaFile]]) -> Prompt:
 
 
 def trained_and_asked(folder: str, prompts: str) -> dict[str, Any]:
-    """Train ``runs/asked`` with its experts on two processes, evaluate it, and ask it so."""
-    stage = opened(composed(folder, "stage3", *LEARNS))
-    stage.run()
+    """Train ``runs/asked`` with its experts on two processes, evaluate it, and ask it so.
+
+    Returns:
+        of both precisions: the run's name, its answers, and whether the evaluation calls them
+        exact.
+    """
     questions: list[Prompt] = pickle.loads(Path(prompts).read_bytes())
-    dist.barrier()
-    groups.destroy(keep_world=True)
-    answers = asked_together(Path(folder) / "runs/asked", questions)
-    return {"answers": answers, "exact": exact(stage, questions, answers)}
+    found = {}
+    for precision, settings in (("fp32", LEARNS), ("bf16", IN_BF16)):
+        if precision == "bf16":
+            settings = (*settings, f"stage.init_from={folder}/runs/asked")
+        stage = opened(composed(folder, "stage3", *settings))
+        assert stage.precision == precision
+        stage.run()
+        dist.barrier()
+        groups.destroy(keep_world=True)
+        name = stage.recipe.name
+        answers = asked_together(Path(folder) / "runs" / name, questions)
+        found[precision] = {
+            "name": name,
+            "answers": answers,
+            "exact": exact(stage, questions, answers),
+        }
+        groups.destroy(keep_world=True)
+    return found
 
 
 def asked_together(run_folder: Path, questions: list[Prompt]) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from tests.conftest import Asked, World
 from tests.distributed import REPOSITORY
@@ -36,9 +38,14 @@ def run(asked: Asked) -> AskedRun:
 
 
 @pytest.fixture(scope="module")
-def model(run: AskedRun) -> Iterator[UniMoEModel]:
-    yield load_model(run, groups.initialise(ParallelConfig()))
+def collection() -> Iterator[ProcessGroupCollection]:
+    yield groups.initialise(ParallelConfig())
     groups.destroy()
+
+
+@pytest.fixture(scope="module")
+def model(run: AskedRun, collection: ProcessGroupCollection) -> UniMoEModel:
+    return load_model(run, collection)
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +53,57 @@ def alone(run: AskedRun, model: UniMoEModel, asked: Asked) -> list[dict[str, Any
     return answers_of(run, model, asked.prompts)
 
 
-def test_answers_are_those_of_the_evaluation(asked: Asked, alone: list[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """A run of one precision, and what it answers in this process with and without the cache."""
+
+    asked: Asked
+    alone: list[dict[str, Any]]
+    uncached: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=("fp32", "bf16"))
+def compared(
+    request: pytest.FixtureRequest,
+    asked_in: dict[str, Asked],
+    collection: ProcessGroupCollection,
+) -> Compared:
+    asked = asked_in[request.param]
+    run = open_run(asked.run)
+    assert run.state.precision == request.param
+    model = load_model(run, collection)
+    with_cache, without = (answers_of(run, model, asked.prompts, cached=c) for c in (True, False))
+    return Compared(asked, with_cache, without)
+
+
+def test_answers_are_those_of_the_evaluation(compared: Compared) -> None:
     """An answer is exact in the record exactly where greedy decoding gives it."""
+    asked = compared.asked
     lines = (asked.run / "evaluation/after.test.jsonl").read_text().splitlines()
     records = {record["key"]: record["exact"] for record in map(json.loads, lines)}
     judged = [records[f"{dataset}-{number:04d}"] for dataset, number, _ in asked.rows]
     found = [
         answer["text"] == right and answer["ended"] == "end"
-        for answer, (_, _, right) in zip(alone, asked.rows, strict=True)
+        for answer, (_, _, right) in zip(compared.alone, asked.rows, strict=True)
     ]
     assert found == judged
     assert {True, False} == set(found), "one of both would prove little"
 
 
-def test_the_evaluation_calls_every_answer_exact(asked: Asked) -> None:
-    assert {answer["ended"] for answer in asked.answers} == {"end"}
-    assert all(asked.exact)
+def test_the_evaluation_calls_every_answer_exact(compared: Compared) -> None:
+    assert {answer["ended"] for answer in compared.asked.answers} == {"end"}
+    assert all(compared.asked.exact)
 
 
-def test_experts_on_two_processes_say_the_same(asked: Asked, alone: list[dict[str, Any]]) -> None:
-    for one, two in zip(alone, asked.answers, strict=True):
+def test_experts_on_two_processes_say_the_same(compared: Compared) -> None:
+    for one, two in zip(compared.alone, compared.asked.answers, strict=True):
         assert one["tokens"] == two["tokens"]
         assert one["answer_experts"] == two["answer_experts"]
         assert one["question_experts"] == two["question_experts"]
 
 
-def test_the_cache_changes_nothing(
-    run: AskedRun, model: UniMoEModel, asked: Asked, alone: list[dict[str, Any]]
-) -> None:
-    assert answers_of(run, model, asked.prompts, cached=False) == alone
+def test_the_cache_changes_nothing(compared: Compared) -> None:
+    assert compared.uncached == compared.alone
 
 
 def test_logits_with_the_cache_are_those_without(model: UniMoEModel) -> None:
