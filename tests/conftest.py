@@ -51,6 +51,7 @@ class Asked:
         rows: dataset, number, right answer of each.
         answers: to each, with the experts on two processes.
         exact: whether the evaluation would call these answers exact.
+        printed: what ``generate --json`` printed in each of two processes.
     """
 
     run: Path
@@ -58,6 +59,7 @@ class Asked:
     rows: list[tuple[str, int, str]]
     answers: list[dict[str, Any]]
     exact: list[bool]
+    printed: list[str]
 
     @property
     def folder(self) -> Path:
@@ -86,11 +88,12 @@ def asked_in(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         folder=str(folder),
         prompts=str(path),
     )
+    printed = [rank.pop("printed") for rank in ranks]
     assert ranks[0] == ranks[1]
     found = {}
     for precision, first in ranks[0].items():
         run = folder / "runs" / first["name"]
-        found[precision] = Asked(run, prompts, rows, first["answers"], first["exact"])
+        found[precision] = Asked(run, prompts, rows, first["answers"], first["exact"], printed)
     return found
 
 

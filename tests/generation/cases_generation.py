@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,9 @@ from data_pipeline.conversation.template import Rendered
 from data_pipeline.importers.item import MediaFile
 from data_pipeline.reading.collate import collate
 from tests.generation.inline import decode_here
+from tests.media import picture
 from tests.training.cases_stages import composed, opened
+from unimoe_mcore import generate
 from unimoe_mcore.generation import prompt
 from unimoe_mcore.generation.answering import Answer, Answerer, load_model
 from unimoe_mcore.generation.asked_run import AskedRun, open_run
@@ -64,10 +68,10 @@ def trained_and_asked(folder: str, prompts: str) -> dict[str, Any]:
 
     Returns:
         of both precisions: the run's name, its answers, and whether the evaluation calls them
-        exact.
+        exact; as ``printed`` what the command prints of the first, given to both processes.
     """
     questions: list[Prompt] = pickle.loads(Path(prompts).read_bytes())
-    found = {}
+    found: dict[str, Any] = {}
     for precision, settings in (("fp32", LEARNS), ("bf16", IN_BF16)):
         if precision == "bf16":
             settings = (*settings, f"stage.init_from={folder}/runs/asked")
@@ -84,7 +88,17 @@ def trained_and_asked(folder: str, prompts: str) -> dict[str, Any]:
             "exact": exact(stage, questions, answers),
         }
         groups.destroy(keep_world=True)
-    return found
+    return {**found, "printed": printed(Path(folder))}
+
+
+def printed(folder: Path) -> str:
+    """What the command prints in this process; it leaves ``torch.distributed``."""
+    file = folder / f"p{dist.get_rank()}.png"
+    file.write_bytes(picture(seed=77).data)
+    asked = [str(folder / "runs/asked"), "--image", str(file), "Which colour?", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert generate.main(asked) == 0
+    return said.getvalue()
 
 
 def asked_together(run_folder: Path, questions: list[Prompt]) -> list[dict[str, Any]]:

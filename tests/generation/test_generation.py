@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,10 @@ def test_a_seed_draws_the_same_and_another_does_not(
 
 
 def test_pieces_are_the_text(alone: list[dict[str, Any]]) -> None:
+    """One comes after every token, so that an answer without text can be left too."""
     for answer in alone:
         assert "".join(answer["pieces"]) == answer["text"]
-        assert all(answer["pieces"])
+        assert len(answer["pieces"]) - len(answer["tokens"]) in (0, 1)
 
 
 def test_shares_are_of_the_layers_with_experts(alone: list[dict[str, Any]]) -> None:
@@ -167,6 +168,18 @@ def test_shares_are_of_the_layers_with_experts(alone: list[dict[str, Any]]) -> N
             assert list(shares) == ["0"]
             assert len(shares["0"]) == 4
             assert sum(shares["0"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_end_token_is_no_part_of_the_answers_shares(
+    run: AskedRun, model: UniMoEModel, asked: Asked, alone: list[dict[str, Any]]
+) -> None:
+    cut = [
+        replace(prompt, most=len(answer["tokens"]))
+        for prompt, answer in zip(asked.prompts, alone, strict=True)
+    ]
+    for ended, answer in zip(alone, answers_of(run, model, cut), strict=True):
+        assert (ended["ended"], answer["ended"]) == ("end", "length")
+        assert answer["answer_experts"] == ended["answer_experts"]
 
 
 def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> None:
@@ -183,18 +196,26 @@ def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> 
         open_run(copy)
 
 
-def test_the_command(asked: Asked, tmp_path: Path) -> None:
-    """As a user types it; with two processes, of which only one speaks."""
-    picture = tmp_path / "p.png"
-    picture.write_bytes(_unseen_picture())
-    command = [sys.executable, "-m", "unimoe_mcore.generate", str(asked.run)]
-    command += ["--image", str(picture), "Which colour?", "--json", "--processes", "2"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    answer = json.loads(done.stdout)
+def test_the_command_in_two_processes(asked: Asked) -> None:
+    """Only one speaks."""
+    first, second = asked.printed
+    answer = json.loads(first)
     assert answer["question"] == "<image>\nWhich colour?"
     assert answer["tokens"]
     assert answer["step"] == 60
+    assert second == ""
+
+
+def test_a_step_that_fails_ends_all_processes(asked: Asked) -> None:
+    """The others wait for tokens that never come, and hear no word any more."""
+    command = [sys.executable, "-m", "tests.generation.failing", str(asked.run), "What?"]
+    done = subprocess.run(
+        [*command, "--processes", "2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("ValueError: the second step fails\n")
 
 
 def _unseen_picture() -> bytes:
