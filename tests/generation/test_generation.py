@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from omegaconf import OmegaConf
 
 from tests.conftest import Asked, World
 from tests.distributed import REPOSITORY
@@ -189,6 +190,10 @@ def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> 
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     CheckpointFolder(copy / "checkpoints", keep=1).mark_best(2)
+    # As a run may have been logged before; it does not matter to what is asked.
+    settings = OmegaConf.load(copy / "config.yaml")
+    settings.logging = {"wandb": "disabled"}
+    OmegaConf.save(settings, copy / "config.yaml")
     assert open_run(copy, "best").state.step == 2
     state = copy / "checkpoints/step-00000004/state.json"
     state.write_text(state.read_text().replace(run.sources.hashes["expert 1"], "0" * 64))
