@@ -46,28 +46,30 @@ class Asked:
     """A run that has something to say, and what it said.
 
     Attributes:
-        folder: the world that it was trained in.
+        run: its folder.
         prompts: some of the held-out questions.
         rows: dataset, number, right answer of each.
         answers: to each, with the experts on two processes.
         exact: whether the evaluation would call these answers exact.
+        printed: what ``generate --json`` printed in each of two processes.
     """
 
-    folder: Path
+    run: Path
     prompts: list[Any]
     rows: list[tuple[str, int, str]]
     answers: list[dict[str, Any]]
     exact: list[bool]
+    printed: list[str]
 
     @property
-    def run(self) -> Path:
-        """The run's folder."""
-        return self.folder / "runs/asked"
+    def folder(self) -> Path:
+        """The world that it was trained in."""
+        return self.run.parent.parent
 
 
 @pytest.fixture(scope="session")
-def asked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """The run ``asked``, trained by two processes, which then answer questions."""
+def asked_in(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+    """The run ``asked``, trained by two processes, which then answer questions; by precision."""
     from tests.generation.cases_generation import prepared
 
     runs = ("base", "stage1", "stage2-image", "stage2-speech", "stage2-audio")
@@ -86,5 +88,16 @@ def asked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Asked:
         folder=str(folder),
         prompts=str(path),
     )
+    printed = [rank.pop("printed") for rank in ranks]
     assert ranks[0] == ranks[1]
-    return Asked(folder, prompts, rows, ranks[0]["answers"], ranks[0]["exact"])
+    found = {}
+    for precision, first in ranks[0].items():
+        run = folder / "runs" / first["name"]
+        found[precision] = Asked(run, prompts, rows, first["answers"], first["exact"], printed)
+    return found
+
+
+@pytest.fixture(scope="session")
+def asked(asked_in: dict[str, Asked]) -> Asked:
+    """The run in fp32."""
+    return asked_in["fp32"]

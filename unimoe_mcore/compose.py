@@ -17,7 +17,7 @@ from unimoe_mcore.checkpoints.files import write_text
 from unimoe_mcore.checkpoints.sources import find_sources
 from unimoe_mcore.checkpoints.starting import find_start
 from unimoe_mcore.checkpoints.training import CheckpointFolder, read_state
-from unimoe_mcore.config.composition import compose_recipe, dump, load
+from unimoe_mcore.config.composition import compose_recipe, dump, load_past
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import CHANGEABLE
@@ -75,7 +75,7 @@ def prepare_run(recipe: Recipe) -> Path:
     run = RunDirectory(Path(recipe.paths.runs) / recipe.name)
     with run.lock():
         changed = (
-            dict(_changes(asdict(load(run.config)), asdict(recipe), ""))
+            dict(_changes(asdict(load_past(run.config)), asdict(recipe), ""))
             if (run.config.is_file())
             else {}
         )

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,9 +28,6 @@ from unimoe_mcore.runtime.failure import INTERRUPTED, leave  # noqa: E402
 
 if TYPE_CHECKING:
     from unimoe_mcore.generation.answering import Answer
-
-NEVER = timedelta(days=365)
-"""How long processes wait for the first one, which may wait for a person."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,10 +150,10 @@ def _ask(
     prepare_device()  # before anything of Megatron is imported
 
     from unimoe_mcore.generation.answering import Answerer, load_model
-    from unimoe_mcore.generation.lockstep import run_along
+    from unimoe_mcore.generation.lockstep import STEP_TIMEOUT, run_along
     from unimoe_mcore.runtime import groups
 
-    model = load_model(run, groups.initialise(run.recipe.parallel, timeout=NEVER))
+    model = load_model(run, groups.initialise(run.recipe.parallel, timeout=STEP_TIMEOUT))
     if prompt is None:
         run_along(model, run.tokenizer.pad)
     else:

@@ -7,22 +7,24 @@ comes back is lines of JSON and arrays, never pickle: the process has met hostil
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.reading.decode import probe_sound
 from data_pipeline.reading.limits import BROKEN, LARGE, LIMITS, BrokenMediumError, DecodeLimits
 from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.pictures import moves
 from data_pipeline.reading.prepare import prepare
 from data_pipeline.reading.process import reading_environment
 from unimoe_mcore.config.towers import EncoderConfig
@@ -50,13 +52,15 @@ def decode_apart(
     media: Sequence[tuple[Medium, EncoderConfig]],
     limits: DecodeLimits = LIMITS,
     seconds: float = 60.0,
+    together: float = 120.0,
 ) -> list[Decoded]:
     """Decode media for their encoders, as ``prepare`` does, in one other process.
 
     Args:
         media: each with its encoder.
         limits: of each of them.
-        seconds: longest that it may take for each of them.
+        seconds: longest that each of them may take.
+        together: longest that all of them may take.
 
     Raises:
         BrokenMediumError: one cannot be decoded, or not within the limits.
@@ -67,29 +71,64 @@ def decode_apart(
             raise BrokenMediumError(medium.source, reason, LARGE)
     if not media:
         return []
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "data_pipeline.reading.apart"],
-            input=b"".join(_order(media, limits, seconds * len(media))),
-            env=reading_environment(),
-            capture_output=True,
-            timeout=seconds * len(media),
-        )
-    except subprocess.TimeoutExpired as error:
-        found = _results(media, error.stdout or b"")
-        reason, kind = f"decoding it took longer than {seconds:g} s", LARGE
-    else:
-        found = _results(media, done.stdout)
-        reason, kind = f"decoding it ended the process ({_cause(done.returncode)})", BROKEN
+    code, output = _run(_order(media, limits, seconds, together), together)
+    found = _results(media, output)
     if len(found) < len(media):  # the one that it was at
+        if code is None:
+            reason, kind = f"decoding all files took longer than {together:g} s", LARGE
+        elif code == -signal.SIGALRM:
+            reason, kind = f"decoding it took longer than {seconds:g} s", LARGE
+        else:
+            reason, kind = f"decoding it ended the process ({_cause(code)})", BROKEN
         raise BrokenMediumError(media[len(found)][0].source, reason, kind)
     return found
 
 
+def _run(order: Iterator[bytes], seconds: float) -> tuple[int | None, bytes]:
+    """Exit code of the process, or None if it took too long, and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "data_pipeline.reading.apart"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=reading_environment(),
+    )
+    given, process.stdin = process.stdin, None  # communicate would close it
+    assert given is not None
+    writer = threading.Thread(target=_write, args=(order, given), daemon=True)
+    writer.start()
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        code = None
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        writer.join()  # nobody reads any more
+    return code, output
+
+
+def _write(order: Iterator[bytes], given: IO[bytes]) -> None:
+    """Write the parts one by one: together they would be in memory twice."""
+    # The process may be gone, which its exit code says.
+    with contextlib.suppress(BrokenPipeError), given:
+        for part in order:
+            given.write(part)
+
+
 def _order(
-    media: Sequence[tuple[Medium, EncoderConfig]], limits: DecodeLimits, seconds: float
+    media: Sequence[tuple[Medium, EncoderConfig]],
+    limits: DecodeLimits,
+    seconds: float,
+    together: float,
 ) -> Iterator[bytes]:
-    yield json.dumps({"seconds": seconds, "limits": asdict(limits)}).encode() + b"\n"
+    settings = {"seconds": seconds, "together": together, "limits": asdict(limits)}
+    yield json.dumps(settings).encode() + b"\n"
     for medium, encoder in media:
         facts = {
             "modality": medium.modality,
@@ -141,27 +180,26 @@ def _decode(
         return {"reason": error.reason, "kind": error.kind}, b""
     file = io.BytesIO()
     np.save(file, content, allow_pickle=False)
-    moves = medium.modality == "image" and _moves(medium.data)
-    return {"duration_ms": duration_ms, "moves": moves, "bytes": file.tell()}, file.getvalue()
-
-
-def _moves(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as picture:
-        return bool(getattr(picture, "is_animated", False))
+    several = medium.modality == "image" and moves(medium.data)
+    return {"duration_ms": duration_ms, "moves": several, "bytes": file.tell()}, file.getvalue()
 
 
 def main() -> None:
     """Decode the media on stdin to stdout; the first that cannot be is the last."""
     given, taken = sys.stdin.buffer, sys.stdout.buffer
     order = json.loads(given.readline())
-    processor = int(order["seconds"]) + 5  # should whoever waits be gone
+    processor = int(order["together"]) + 5  # should whoever waits be gone
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (processor, processor))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while line := given.readline():
         facts = json.loads(line)
         medium = Medium(facts["modality"], given.read(facts["bytes"]), facts["source"])
         encoder, limits = EncoderConfig(**facts["encoder"]), DecodeLimits(**order["limits"])
+        # It ends the process, as no handler could that waits for a decoder to come back.
+        signal.setitimer(signal.ITIMER_REAL, order["seconds"])
         said, array = _decode(medium, encoder, limits)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         taken.write(json.dumps(said).encode() + b"\n" + array)
         taken.flush()
         if "reason" in said:

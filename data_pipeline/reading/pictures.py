@@ -61,6 +61,15 @@ def decode_image(
         return np.asarray(_to_rgb(image))
 
 
+def moves(data: bytes) -> bool:
+    """Whether a picture that can be decoded has several frames of one animation.
+
+    The frames of an MPO are not: they are a still picture and its previews, depth, or other eye.
+    """
+    with Image.open(io.BytesIO(data), formats=_PICTURES) as image:
+        return image.format != "MPO" and _moves(image)
+
+
 def _directly(data: bytes, image: Image.Image) -> np.ndarray | None:
     """The pixels of a plain file, upright; None where Pillow must decide."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from unimoe_mcore.config.composition import RECIPES, compose_recipe, dump, load
+from unimoe_mcore.config.composition import RECIPES, compose_recipe, dump, load, load_past
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.model import layer_pattern, moe_blocks
 
@@ -217,3 +218,19 @@ def test_expert_placement_of_the_paper() -> None:
     model = compose_recipe("stage3").model
     assert layer_pattern(model.language, model.moe, 4) == "*E*-*E*-"
     assert layer_pattern(model.language, model.moe, 0) == "*-*-*-*-"
+
+
+def test_how_a_past_run_was_logged_does_not_matter(tmp_path: Path) -> None:
+    recipe = compose_recipe("stage3")
+    path = tmp_path / "config.yaml"
+    now = OmegaConf.to_container(OmegaConf.create(dump(recipe)))
+    path.write_text(OmegaConf.to_yaml({**now, "logging": {"wandb": "disabled", "x": 1}}))
+    assert load_past(path) == recipe
+    with pytest.raises(UserError, match=r"has 2 problems:\n.*logging.wandb"):
+        load(path)
+    path.write_text(path.read_text() + "typo: 1\n")
+    with pytest.raises(UserError, match=r"config.yaml is wrong: there is no key typo.*\.$"):
+        load_past(path)
+    path.write_text("- a list")
+    with pytest.raises(UserError, match="is no recipe"):
+        load_past(path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.reading.apart import decode_apart
 from data_pipeline.reading.limits import LARGE, BrokenMediumError, DecodeLimits
@@ -41,7 +43,7 @@ def test_the_medium_at_fault_is_named():
 @pytest.mark.parametrize(
     ("does", "words"),
     [
-        ("__import__('time').sleep(60)", "longer than 3 s"),
+        ("__import__('time').sleep(60)", "decoding it took longer than 1 s"),
         ("__import__('os').abort()", "SIGABRT"),
         ("bytearray(2**33)", "MemoryError"),
     ],
@@ -62,6 +64,26 @@ def test_harm_stays_in_the_process(monkeypatch, tmp_path, does, words):
     bad = Medium("image", picture().data, "bad")
     began = time.monotonic()
     with pytest.raises(BrokenMediumError, match=words) as caught:
-        decode_apart([(picture(), ENCODER), (bad, ENCODER)], seconds=3.0)
+        decode_apart([(picture(), ENCODER), (bad, ENCODER)], seconds=1.0)
     assert caught.value.source == "bad"
     assert time.monotonic() - began < 20
+
+
+def test_all_files_have_a_time_together():
+    with pytest.raises(BrokenMediumError, match=r"all files took longer than 0\.1 s") as caught:
+        decode_apart([(picture(), ENCODER)] * 3, together=0.1)
+    assert caught.value.kind == LARGE
+
+
+def test_what_moves():
+    """Phones put previews and further shots behind a JPEG; it is a still picture with them."""
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    media = []
+    for form in ("MPO", "GIF", "WEBP"):
+        file = io.BytesIO()
+        frames[0].save(file, form, save_all=True, append_images=frames[1:])
+        media.append((Medium("image", file.getvalue(), form), ENCODER))
+    found = decode_apart(media)
+    assert [decoded.moves for decoded in found] == [False, True, True]
+    red, _, blue = found[0].content.reshape(-1, 3).mean(0)
+    assert red > 200 > 50 > blue

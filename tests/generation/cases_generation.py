@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,9 @@ from data_pipeline.conversation.template import Rendered
 from data_pipeline.importers.item import MediaFile
 from data_pipeline.reading.collate import collate
 from tests.generation.inline import decode_here
+from tests.media import picture
 from tests.training.cases_stages import composed, opened
+from unimoe_mcore import generate
 from unimoe_mcore.generation import prompt
 from unimoe_mcore.generation.answering import Answer, Answerer, load_model
 from unimoe_mcore.generation.asked_run import AskedRun, open_run
@@ -40,6 +44,14 @@ LEARNS = (
     "trainer.evaluation.before=false",
 )
 """A stage 3 in which everything trains, so that after a minute it has something to say."""
+IN_BF16 = (
+    *LEARNS[1:],
+    "name=asked-bf16",
+    "trainer.precision=bf16",
+    "trainer.steps=2",
+    "trainer.lr=1e-5",
+)
+"""The same, continued in another precision; its first weights are the other's."""
 
 
 def prepared(run: Path, row: tuple[str, str, list[MediaFile]]) -> Prompt:
@@ -52,14 +64,41 @@ def prepared(run: Path, row: tuple[str, str, list[MediaFile]]) -> Prompt:
 
 
 def trained_and_asked(folder: str, prompts: str) -> dict[str, Any]:
-    """Train ``runs/asked`` with its experts on two processes, evaluate it, and ask it so."""
-    stage = opened(composed(folder, "stage3", *LEARNS))
-    stage.run()
+    """Train ``runs/asked`` with its experts on two processes, evaluate it, and ask it so.
+
+    Returns:
+        of both precisions: the run's name, its answers, and whether the evaluation calls them
+        exact; as ``printed`` what the command prints of the first, given to both processes.
+    """
     questions: list[Prompt] = pickle.loads(Path(prompts).read_bytes())
-    dist.barrier()
-    groups.destroy(keep_world=True)
-    answers = asked_together(Path(folder) / "runs/asked", questions)
-    return {"answers": answers, "exact": exact(stage, questions, answers)}
+    found: dict[str, Any] = {}
+    for precision, settings in (("fp32", LEARNS), ("bf16", IN_BF16)):
+        if precision == "bf16":
+            settings = (*settings, f"stage.init_from={folder}/runs/asked")
+        stage = opened(composed(folder, "stage3", *settings))
+        assert stage.precision == precision
+        stage.run()
+        dist.barrier()
+        groups.destroy(keep_world=True)
+        name = stage.recipe.name
+        answers = asked_together(Path(folder) / "runs" / name, questions)
+        found[precision] = {
+            "name": name,
+            "answers": answers,
+            "exact": exact(stage, questions, answers),
+        }
+        groups.destroy(keep_world=True)
+    return {**found, "printed": printed(Path(folder))}
+
+
+def printed(folder: Path) -> str:
+    """What the command prints in this process; it leaves ``torch.distributed``."""
+    file = folder / f"p{dist.get_rank()}.png"
+    file.write_bytes(picture(seed=77).data)
+    asked = [str(folder / "runs/asked"), "--image", str(file), "Which colour?", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert generate.main(asked) == 0
+    return said.getvalue()
 
 
 def asked_together(run_folder: Path, questions: list[Prompt]) -> list[dict[str, Any]]:

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from omegaconf import OmegaConf
 
 from tests.conftest import Asked, World
 from tests.distributed import REPOSITORY
@@ -36,9 +39,14 @@ def run(asked: Asked) -> AskedRun:
 
 
 @pytest.fixture(scope="module")
-def model(run: AskedRun) -> Iterator[UniMoEModel]:
-    yield load_model(run, groups.initialise(ParallelConfig()))
+def collection() -> Iterator[ProcessGroupCollection]:
+    yield groups.initialise(ParallelConfig())
     groups.destroy()
+
+
+@pytest.fixture(scope="module")
+def model(run: AskedRun, collection: ProcessGroupCollection) -> UniMoEModel:
+    return load_model(run, collection)
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +54,57 @@ def alone(run: AskedRun, model: UniMoEModel, asked: Asked) -> list[dict[str, Any
     return answers_of(run, model, asked.prompts)
 
 
-def test_answers_are_those_of_the_evaluation(asked: Asked, alone: list[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """A run of one precision, and what it answers in this process with and without the cache."""
+
+    asked: Asked
+    alone: list[dict[str, Any]]
+    uncached: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=("fp32", "bf16"))
+def compared(
+    request: pytest.FixtureRequest,
+    asked_in: dict[str, Asked],
+    collection: ProcessGroupCollection,
+) -> Compared:
+    asked = asked_in[request.param]
+    run = open_run(asked.run)
+    assert run.state.precision == request.param
+    model = load_model(run, collection)
+    with_cache, without = (answers_of(run, model, asked.prompts, cached=c) for c in (True, False))
+    return Compared(asked, with_cache, without)
+
+
+def test_answers_are_those_of_the_evaluation(compared: Compared) -> None:
     """An answer is exact in the record exactly where greedy decoding gives it."""
+    asked = compared.asked
     lines = (asked.run / "evaluation/after.test.jsonl").read_text().splitlines()
     records = {record["key"]: record["exact"] for record in map(json.loads, lines)}
     judged = [records[f"{dataset}-{number:04d}"] for dataset, number, _ in asked.rows]
     found = [
         answer["text"] == right and answer["ended"] == "end"
-        for answer, (_, _, right) in zip(alone, asked.rows, strict=True)
+        for answer, (_, _, right) in zip(compared.alone, asked.rows, strict=True)
     ]
     assert found == judged
     assert {True, False} == set(found), "one of both would prove little"
 
 
-def test_the_evaluation_calls_every_answer_exact(asked: Asked) -> None:
-    assert {answer["ended"] for answer in asked.answers} == {"end"}
-    assert all(asked.exact)
+def test_the_evaluation_calls_every_answer_exact(compared: Compared) -> None:
+    assert {answer["ended"] for answer in compared.asked.answers} == {"end"}
+    assert all(compared.asked.exact)
 
 
-def test_experts_on_two_processes_say_the_same(asked: Asked, alone: list[dict[str, Any]]) -> None:
-    for one, two in zip(alone, asked.answers, strict=True):
+def test_experts_on_two_processes_say_the_same(compared: Compared) -> None:
+    for one, two in zip(compared.alone, compared.asked.answers, strict=True):
         assert one["tokens"] == two["tokens"]
         assert one["answer_experts"] == two["answer_experts"]
         assert one["question_experts"] == two["question_experts"]
 
 
-def test_the_cache_changes_nothing(
-    run: AskedRun, model: UniMoEModel, asked: Asked, alone: list[dict[str, Any]]
-) -> None:
-    assert answers_of(run, model, asked.prompts, cached=False) == alone
+def test_the_cache_changes_nothing(compared: Compared) -> None:
+    assert compared.uncached == compared.alone
 
 
 def test_logits_with_the_cache_are_those_without(model: UniMoEModel) -> None:
@@ -127,9 +157,10 @@ def test_a_seed_draws_the_same_and_another_does_not(
 
 
 def test_pieces_are_the_text(alone: list[dict[str, Any]]) -> None:
+    """One comes after every token, so that an answer without text can be left too."""
     for answer in alone:
         assert "".join(answer["pieces"]) == answer["text"]
-        assert all(answer["pieces"])
+        assert len(answer["pieces"]) - len(answer["tokens"]) in (0, 1)
 
 
 def test_shares_are_of_the_layers_with_experts(alone: list[dict[str, Any]]) -> None:
@@ -140,6 +171,18 @@ def test_shares_are_of_the_layers_with_experts(alone: list[dict[str, Any]]) -> N
             assert sum(shares["0"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_end_token_is_no_part_of_the_answers_shares(
+    run: AskedRun, model: UniMoEModel, asked: Asked, alone: list[dict[str, Any]]
+) -> None:
+    cut = [
+        replace(prompt, most=len(answer["tokens"]))
+        for prompt, answer in zip(asked.prompts, alone, strict=True)
+    ]
+    for ended, answer in zip(alone, answers_of(run, model, cut), strict=True):
+        assert (ended["ended"], answer["ended"]) == ("end", "length")
+        assert answer["answer_experts"] == ended["answer_experts"]
+
+
 def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> None:
     run_folder = world.folder / "runs/stage3"
     assert open_run(run_folder, "step-2").state.step == 2
@@ -147,6 +190,10 @@ def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> 
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     CheckpointFolder(copy / "checkpoints", keep=1).mark_best(2)
+    # As a run may have been logged before; it does not matter to what is asked.
+    settings = OmegaConf.load(copy / "config.yaml")
+    settings.logging = {"wandb": "disabled"}
+    OmegaConf.save(settings, copy / "config.yaml")
     assert open_run(copy, "best").state.step == 2
     state = copy / "checkpoints/step-00000004/state.json"
     state.write_text(state.read_text().replace(run.sources.hashes["expert 1"], "0" * 64))
@@ -154,18 +201,26 @@ def test_checkpoints_are_chosen(world: World, tmp_path: Path, run: AskedRun) -> 
         open_run(copy)
 
 
-def test_the_command(asked: Asked, tmp_path: Path) -> None:
-    """As a user types it; with two processes, of which only one speaks."""
-    picture = tmp_path / "p.png"
-    picture.write_bytes(_unseen_picture())
-    command = [sys.executable, "-m", "unimoe_mcore.generate", str(asked.run)]
-    command += ["--image", str(picture), "Which colour?", "--json", "--processes", "2"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    answer = json.loads(done.stdout)
+def test_the_command_in_two_processes(asked: Asked) -> None:
+    """Only one speaks."""
+    first, second = asked.printed
+    answer = json.loads(first)
     assert answer["question"] == "<image>\nWhich colour?"
     assert answer["tokens"]
     assert answer["step"] == 60
+    assert second == ""
+
+
+def test_a_step_that_fails_ends_all_processes(asked: Asked) -> None:
+    """The others wait for tokens that never come, and hear no word any more."""
+    command = [sys.executable, "-m", "tests.generation.failing", str(asked.run), "What?"]
+    done = subprocess.run(
+        [*command, "--processes", "2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("ValueError: the second step fails\n")
 
 
 def _unseen_picture() -> bytes:

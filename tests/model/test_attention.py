@@ -112,8 +112,13 @@ def test_no_sequence_sees_another_or_its_own_future() -> None:
         assert not torch.equal(before[changed], after[changed])
 
 
-def test_not_packed_it_is_the_same_and_goes_on_token_by_token() -> None:
-    query, key, value = (x.detach() for x in inputs(5, 4, 2, 0))
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.bfloat16, 0.0)]
+)
+def test_not_packed_it_is_the_same_and_goes_on_token_by_token(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    query, key, value = (x.detach().to(dtype) for x in inputs(5, 4, 2, 0))
     module = attention(4, 2)
     packed = module(query, key, value, None, packed_seq_params=packing([5]))
     first = module(
@@ -130,7 +135,7 @@ def test_not_packed_it_is_the_same_and_goes_on_token_by_token() -> None:
             attn_mask_type=AttnMaskType.no_mask,
         )
         steps.append(step[:, 0])
-    assert torch.allclose(torch.cat(steps), packed, rtol=0, atol=TOLERANCE)
+    assert torch.allclose(torch.cat(steps), packed, rtol=0, atol=tolerance)
 
 
 def test_several_tokens_after_a_cache_are_refused() -> None:

@@ -36,8 +36,8 @@ def heard(parts: list[bytes], wait: float = 0.0) -> tuple[int, bytes]:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": whole})
 
-    scope: dict[str, Any] = {"type": "http", "headers": []}
-    asyncio.run(Bounds(echo)(scope, receive, send))
+    scope: dict[str, Any] = {"type": "http", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Bounds(echo, ["localhost"])(scope, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 

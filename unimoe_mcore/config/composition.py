@@ -103,27 +103,32 @@ def _first_line(error: Exception) -> str:
     return str(cause).strip().splitlines()[0].rstrip(".")
 
 
-def _sentence(problems: Sequence[str]) -> str:
+def _sentence(problems: Sequence[str], what: str = "The recipe") -> str:
     if len(problems) == 1:
-        return f"The recipe is wrong: {problems[0]}."
+        return f"{what} is wrong: {problems[0]}."
     listed = "".join(f"\n  - {problem}" for problem in problems)
-    return f"The recipe has {len(problems)} problems:{listed}"
+    return f"{what} has {len(problems)} problems:{listed}"
 
 
-def typed(plain: dict[str, Any], world_size: int | None = None) -> Recipe:
+def typed(plain: dict[str, Any], world_size: int | None = None, what: str = "The recipe") -> Recipe:
     """A recipe object from a plain nested dict.
+
+    Args:
+        plain: the settings.
+        world_size: as in ``compose_recipe``.
+        what: what messages call it.
 
     Raises:
         UserError: with every unknown key, wrong type and impossible value.
     """
     problems = list(_type_problems(Recipe, plain, ""))
     if problems:
-        raise UserError(_sentence(problems))
+        raise UserError(_sentence(problems, what))
     merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
     recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     problems = validate(recipe, world_size)
     if problems:
-        raise UserError(_sentence(problems))
+        raise UserError(_sentence(problems, what))
     return recipe
 
 
@@ -188,10 +193,30 @@ def load(path: Path, world_size: int | None = None) -> Recipe:
     Raises:
         UserError: if the file is missing or wrong.
     """
+    return typed(_read(path), world_size, str(path))
+
+
+def load_past(path: Path) -> Recipe:
+    """The recipe of a run as it was trained, which is not to be trained by it.
+
+    How it was logged is left out: it changes nothing that the run has given, and the settings of
+    mirrors may have been others when it was trained.
+
+    Raises:
+        UserError: if the file is missing or wrong.
+    """
+    plain = _read(path)
+    plain.pop("logging", None)
+    return typed(plain, what=str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no resolved recipe at {path}: compose it first.")
     try:
-        plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+        plain: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # PyYAML and OmegaConf raise many kinds
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
-    return typed(plain, world_size)
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is no recipe: it must be a group of settings.")
+    return plain

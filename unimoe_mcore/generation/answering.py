@@ -83,7 +83,8 @@ class Answerer:
     ) -> Generator[str | Answer]:
         """The answer's text in pieces as they come, and last the whole answer.
 
-        Encoders run once. It may be left at any piece.
+        There is a piece after every token, often empty, so that it may be left at any token.
+        Encoders run once.
 
         Args:
             cached: keep keys and values of earlier tokens instead of running them again.
@@ -97,12 +98,17 @@ class Answerer:
                     ended = "end" if token == tokenizer.end else "marker"
                     break
                 tokens.append(token)
-                if piece := stream.push(token):
-                    yield piece
+                shares.count_answer()
+                yield stream.push(token)
         if piece := stream.rest():
             yield piece
         text = tokenizer.decode(tokens)
         yield Answer(text, tokens, ended, shares.question, shares.answer)
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing can be asked any more, because this process must end."""
+        return self._lockstep.broken
 
     def end(self) -> None:
         """Let the other processes end; nothing can be asked any more."""

@@ -13,7 +13,7 @@ from data_pipeline.conversation.tokenizer import TextTokenizer
 from unimoe_mcore.checkpoints.artefact import TOKENIZER
 from unimoe_mcore.checkpoints.sources import Sources, find_sources
 from unimoe_mcore.checkpoints.training import CheckpointFolder, RunState, read_state
-from unimoe_mcore.config.composition import load
+from unimoe_mcore.config.composition import load_past
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.config.recipe import Recipe
@@ -56,7 +56,7 @@ def open_run(folder: Path, wanted: str = "newest", processes: int = 1) -> AskedR
         raise UserError(f"There is no run at {folder}: name the folder of one, runs/<name>.")
     if not run.config.is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml.")
-    recipe = load(run.config)
+    recipe = load_past(run.config)
     recipe.parallel = _layout(recipe, processes)
     checkpoint = _checkpoint(run, wanted)
     sources, state = find_sources(recipe), read_state(checkpoint)

@@ -26,6 +26,7 @@ class ExpertShares:
         self._routers = {block: router for _, block, router in routers([model])}
         self._question: dict[int, Tensor] = {}
         self._answer: dict[int, Tensor] = {}
+        self._latest: dict[int, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> ExpertShares:
@@ -35,7 +36,7 @@ class ExpertShares:
                 chosen = output[1].detach().long()
                 # A sequence comes whole first; then by its next token, or whole again.
                 self._question.setdefault(block, chosen.sum(0))
-                self._answer[block] = self._answer.get(block, 0) + chosen[-1]
+                self._latest[block] = chosen[-1]
 
             self._hooks.append(router.register_forward_hook(count))
         return self
@@ -49,6 +50,11 @@ class ExpertShares:
         for hook in self._hooks:
             hook.remove()
 
+    def count_answer(self) -> None:
+        """Count the latest place: what it said is of the answer, and no end token."""
+        for block, chosen in self._latest.items():
+            self._answer[block] = self._answer.get(block, 0) + chosen
+
     @property
     def question(self) -> Shares:
         """Of all tokens of the question, its media's included."""
@@ -56,7 +62,7 @@ class ExpertShares:
 
     @property
     def answer(self) -> Shares:
-        """Of the places at which the answer's tokens were said."""
+        """Of the places at which the answer's tokens were said; empty if there are none."""
         return _shares(self._answer)
 
 

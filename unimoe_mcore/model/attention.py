@@ -86,15 +86,16 @@ class PackedAttention(MegatronModule):
         """
         if len(query) > 1 and not (causal and len(query) == len(key)):
             raise ValueError("PackedAttention continues a sequence by one token at a time.")
+        computes = attention_dtype(query.dtype)  # as packed, so that answers are the same
         mixed = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            query.to(computes).permute(1, 2, 0, 3),
+            key.to(computes).permute(1, 2, 0, 3),
+            value.to(computes).permute(1, 2, 0, 3),
             is_causal=len(query) > 1,
             scale=self.scale,
             enable_gqa=key.shape[2] != query.shape[2],
         )
-        return mixed.permute(2, 0, 1, 3).flatten(2)
+        return mixed.permute(2, 0, 1, 3).flatten(2).to(query.dtype)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -36,27 +35,31 @@ WAITING = 8
 """Questions that may wait for others to be answered."""
 ANSWER_SECONDS = 300.0
 """Longest that one answer may take."""
+DECODED_AT_ONCE = 2
+"""Questions whose files may be in memory and decoded at the same time."""
 PAGE = Path(__file__).with_name("page.html")
 
 
-def build_app(run: AskedRun, answerer: Answerer, hosts: list[str]) -> Starlette:
+def build_app(
+    run: AskedRun,
+    answerer: Answerer,
+    names: Collection[str],
+    fail: Callable[[Exception], None],
+) -> Starlette:
     """The server of a run.
 
     Args:
-        hosts: names under which it may be called, ``*`` for any; another page's script that has
-            its own name point here is refused.
+        names: under which it may be called, see ``Bounds``.
+        fail: called with what went wrong when nothing can be asked any more.
     """
-    desk = _Desk(run, answerer)
+    desk = _Desk(run, answerer, fail)
     return Starlette(
         routes=[
             Route("/", desk.page),
             Route("/run", desk.facts),
             Route("/ask", desk.ask, methods=["POST"]),
         ],
-        middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
-            Middleware(Bounds),
-        ],
+        middleware=[Middleware(Bounds, names=names)],
         exception_handlers={HTTPException: _refused, Exception: _failed},
     )
 
@@ -64,12 +67,16 @@ def build_app(run: AskedRun, answerer: Answerer, hosts: list[str]) -> Starlette:
 class _Desk:
     """Where questions are handed in."""
 
-    def __init__(self, run: AskedRun, answerer: Answerer) -> None:
+    def __init__(
+        self, run: AskedRun, answerer: Answerer, fail: Callable[[Exception], None]
+    ) -> None:
         self._run = run
         self._answerer = answerer
+        self._fail = fail
         # The model is used by one thread, one step after the other, whoever goes away meanwhile.
         self._thread = ThreadPoolExecutor(1, "answers")
         self._turn = asyncio.Lock()
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._waiting = 0
 
     async def page(self, _: Request) -> Response:
@@ -121,11 +128,6 @@ class _Desk:
             HTTPException: it cannot be asked.
         """
         async with request.form(max_files=MOST_MEDIA, max_fields=8) as form:
-            attachments = [
-                Attachment(modality, _file_name(file), await file.read())
-                for modality, file in form.multi_items()
-                if modality in MODALITIES and isinstance(file, UploadFile)
-            ]
             try:
                 sampling = Sampling(
                     _number(form, "temperature", float, 0.0),
@@ -137,7 +139,9 @@ class _Desk:
                 if most < 1:
                     raise UserError("An answer has at least 1 token.")
                 words = question if isinstance(question, str) else ""
-                prompt = await run_in_threadpool(make_prompt, self._run, words, attachments, most)
+                async with self._decoding:
+                    files = await _attachments(form)
+                    prompt = await run_in_threadpool(make_prompt, self._run, words, files, most)
             except (UserError, DataError) as error:
                 raise HTTPException(400, str(error)) from error
         return prompt, sampling
@@ -154,14 +158,23 @@ class _Desk:
                         if isinstance(piece, Answer):
                             yield _line(_facts(piece, prompt))
                             return
-                        yield _line({"piece": piece})
+                        if piece:
+                            yield _line({"piece": piece})
                         if time.monotonic() > until:
                             words = f"The answer took longer than {ANSWER_SECONDS:.0f} s."
                             yield _line({"error": words})
                             return
+                except Exception as error:
+                    if not self._answerer.broken:
+                        raise
+                    self._fail(error)
+                    yield _line({"error": _BROKEN})
                 finally:
                     # Behind the step that may be under way still.
                     self._thread.submit(pieces.close)
+
+
+_BROKEN = "Something went wrong, and the server ends; what it was is written where it was started."
 
 
 def _next(pieces: Iterator[str | Answer]) -> str | Answer:
@@ -196,6 +209,14 @@ def _number[Number: (int, float)](
         return kind(value) if isinstance(value, str) and value.strip() else otherwise
     except ValueError as error:
         raise UserError(f"{name} is no {'whole ' if kind is int else ''}number.") from error
+
+
+async def _attachments(form: FormData) -> list[Attachment]:
+    return [
+        Attachment(modality, _file_name(file), await file.read())
+        for modality, file in form.multi_items()
+        if modality in MODALITIES and isinstance(file, UploadFile)
+    ]
 
 
 def _file_name(file: UploadFile) -> str:

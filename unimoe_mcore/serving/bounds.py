@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,10 +38,17 @@ class _RefusedError(Exception):
 
 
 class Bounds:
-    """ASGI middleware: refuses requests of other pages, and those that are too large or slow."""
+    """ASGI middleware: refuses requests of other pages, and those that are too large or slow.
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    A page elsewhere could have its own name point to this machine, and would be no other page
+    then. By number it cannot; by name only those are heard that are known here.
+    """
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: Collection[str]
+    ) -> None:
         self._app = app
+        self._names = {_plain(name) for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on, as far as it may come."""
@@ -49,6 +57,9 @@ class Bounds:
         headers = {
             name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
         }
+        called = _name_of(headers.get("host", ""))
+        if not (_is_number(called) or called in self._names):
+            return await _refuse(send, 400, _UNKNOWN_NAME)
         origin = headers.get("origin")
         if origin and urlsplit(origin).netloc != headers.get("host"):
             return await _refuse(send, 403, "Another page may not ask here.")
@@ -61,7 +72,30 @@ class Bounds:
             await _refuse(send, *refused.args)
 
 
+_UNKNOWN_NAME = (
+    "The page is not known by this name: call it by its number, or start it with --allow-host."
+)
 _TOO_MUCH = f"The files are too large: together they may have {MOST_BYTES >> 20} MiB."
+
+
+def _plain(name: str) -> str:
+    return name.lower().rstrip(".")
+
+
+def _name_of(host: str) -> str:
+    """The name or number in ``name:port``; empty if there is none."""
+    try:
+        return _plain(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return ""
+
+
+def _is_number(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _bounded(receive: Receive) -> Receive:
