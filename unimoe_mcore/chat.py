@@ -7,7 +7,6 @@ be called by number, by this machine's names, and by those that ``--allow-host``
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from unimoe_mcore.generate import (  # noqa: E402
     at_least_one,
     is_first,
     joined,
+    launch_again,
     under_torchrun,
 )
 from unimoe_mcore.generation.asked_run import AskedRun, open_run  # noqa: E402
@@ -60,11 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     processes = joined() or given.processes
     run = open_run(given.run, given.checkpoint, at_least_one(processes))
     if processes > 1 and not joined():
-        from unimoe_mcore.launch import Place, run_processes
-
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        command = ["unimoe_mcore.chat", *arguments]
-        return run_processes(command, Place(processes), given.run.name, "start it again")
+        again = "start it again"
+        return launch_again("unimoe_mcore.chat", arguments, processes, given.run.name, again)
     listening = _listening(given.host, given.port) if is_first() else None
     from unimoe_mcore.runtime.devices import prepare_device
 

@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
     sampling.check()
     prompt = _prompt(run, given) if is_first() else None
     if processes > 1 and not joined():
-        return _launch(arguments, processes, given.run.name)
+        again = "the same command asks again"
+        return launch_again("unimoe_mcore.generate", arguments, processes, given.run.name, again)
     try:
         return _ask(run, prompt, sampling, given)
     except KeyboardInterrupt:
@@ -133,12 +134,22 @@ def _prompt(run: AskedRun, given: argparse.Namespace) -> Prompt:
     return make_prompt(run, given.question, attachments, given.max_tokens)
 
 
-def _launch(arguments: Sequence[str], processes: int, run: str) -> int:
+def launch_again(
+    module: str, arguments: Sequence[str], processes: int, run: str, advice: str
+) -> int:
+    """Start the same command line in several processes, and wait for their end.
+
+    Args:
+        module: what ``python -m`` runs.
+        advice: what to do where it was interrupted.
+
+    Returns:
+        The exit code.
+    """
     from unimoe_mcore.launch import Place, run_processes
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    command = ["unimoe_mcore.generate", *arguments]
-    return run_processes(command, Place(processes), run, "the same command asks again")
+    return run_processes([module, *arguments], Place(processes), run, advice)
 
 
 def _ask(

@@ -158,8 +158,8 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
     """
     states = [chunk.sharded_state_dict() for chunk in chunks]
     _fill_weights(reader, chunks, states)
-    owned = owned_by(optimizer)
-    for sharded, parameter in _trained(chunks, states):
+    owned, parameters = owned_by(optimizer), list(_trained(chunks, states))
+    for sharded, parameter in parameters:
         part = owned.get(parameter)
         if part is None:
             continue
@@ -167,7 +167,7 @@ def load_pieces(reader: ShardReader, chunks: Sequence[UniMoEModel], optimizer: A
         for prefix, value in values.items():
             for piece in pieces_of(sharded, parameter.shape, prefix, value, part.start):
                 reader.fill(piece)
-    _take_up_steps(reader, chunks, owned)
+    _take_up_steps(reader, parameters, owned)
 
 
 def load_weights(reader: ShardReader, chunks: Sequence[UniMoEModel]) -> None:
@@ -191,10 +191,12 @@ def _fill_weights(
 
 
 def _take_up_steps(
-    reader: ShardReader, chunks: Sequence[UniMoEModel], owned: dict[Parameter, Owned]
+    reader: ShardReader,
+    parameters: Iterable[tuple[Sharded, Parameter]],
+    owned: dict[Parameter, Owned],
 ) -> None:
     counts: dict[int, tuple[int, str]] = {}
-    for sharded, parameter in trained(chunks):
+    for sharded, parameter in parameters:
         part = owned.get(parameter)
         if part is None:
             continue

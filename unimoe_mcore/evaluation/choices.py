@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from data_pipeline.reading.collate import MicroBatch
-from unimoe_mcore.model.router import routers
+from unimoe_mcore.model.router_watch import RouterWatch
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 Choices = dict[str, tuple[int, float]]
@@ -25,7 +24,7 @@ Choices = dict[str, tuple[int, float]]
 margin: logit of the last expert chosen less that of the first one not chosen."""
 
 
-class ChoiceRecorder:
+class ChoiceRecorder(RouterWatch):
     """Within its context, keeps what every router of this rank chose for every token.
 
     The model computes what it computes without it: logits are computed anew from the router's
@@ -33,30 +32,14 @@ class ChoiceRecorder:
     """
 
     def __init__(self, chunks: Sequence[UniMoEModel]) -> None:
-        self._routers = list(routers(chunks))
-        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._hooks: list[RemovableHandle] = []
+        super().__init__(chunks)
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {b: [] for _, b, _ in self.routers}
 
-    def __enter__(self) -> ChoiceRecorder:
-        for _, block, router in self._routers:
-            kept = self._kept[block] = []
-
-            def keep(module: Any, inputs: tuple[Any, ...], output: Any, kept: Any = kept) -> None:
-                with torch.no_grad():
-                    logits = module.gating(inputs[0]).float().flatten(0, -2)
-                kept.append(chosen_and_margin(logits, output[1].detach().bool()))
-
-            self._hooks.append(router.register_forward_hook(keep))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    @torch.no_grad()
+    def seen(self, block: int, router: TopKRouter, tokens: Tensor, output: Any) -> None:
+        """Keep the choices of a micro-batch and their margins."""
+        logits = router.gating(tokens).float().flatten(0, -2)
+        self._kept[block].append(chosen_and_margin(logits, output[1].detach().bool()))
 
     def choices(self, batches: Sequence[MicroBatch]) -> Choices:
         """What the tokens that this rank saw chose; padding left out.
@@ -65,7 +48,7 @@ class ChoiceRecorder:
             batches: the micro-batches of the forward passes, in order.
         """
         found: Choices = {}
-        for chunk, block, _ in self._routers:
+        for chunk, block, _ in self.routers:
             tensor = chunk.groups.tp
             parts = tensor.size() if chunk.config.sequence_parallel else 1  # of every row
             for batch, (chosen, margin) in zip(batches, self._kept[block], strict=True):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from data_pipeline.reading.collate import MicroBatch
-from unimoe_mcore.model.router import routers
+from unimoe_mcore.model.router_watch import RouterWatch
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 
-class RoutingRecorder:
+class RoutingRecorder(RouterWatch):
     """Within its context, keeps the routing map and the first choices of every MoE layer and
     micro-batch.
 
@@ -24,34 +23,16 @@ class RoutingRecorder:
     """
 
     def __init__(self, chunks: Sequence[UniMoEModel], enabled: bool) -> None:
-        self._maps: dict[int, list[Tensor]] = {}
-        self._firsts: dict[int, list[Tensor]] = {}
-        self._routers: dict[int, Any] = {}
-        self._hooks: list[RemovableHandle] = []
-        if not enabled:
-            return
-        self._routers = {block: router for _, block, router in routers(chunks)}
+        super().__init__(chunks if enabled else ())
+        blocks = [block for _, block, _ in self.routers]
+        self._maps: dict[int, list[Tensor]] = {block: [] for block in blocks}
+        self._firsts: dict[int, list[Tensor]] = {block: [] for block in blocks}
 
-    def __enter__(self) -> RoutingRecorder:
-        for block, router in self._routers.items():
-            kept = self._maps.setdefault(block, []), self._firsts.setdefault(block, [])
-
-            def keep(_: Any, __: Any, output: tuple[Tensor, Tensor], kept: Any = kept) -> None:
-                weights, chosen = output[0].detach(), output[1].detach().bool()
-                kept[0].append(chosen)
-                kept[1].append(weights.masked_fill(~chosen, float("-inf")).argmax(-1))
-
-            self._hooks.append(router.register_forward_hook(keep))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def seen(self, block: int, router: TopKRouter, tokens: Tensor, output: Any) -> None:
+        """Keep the routing map and the first choices of a micro-batch."""
+        weights, chosen = output[0].detach(), output[1].detach().bool()
+        self._maps[block].append(chosen)
+        self._firsts[block].append(weights.masked_fill(~chosen, float("-inf")).argmax(-1))
 
     def choices(self, microbatch: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """First choices ``[tokens]`` and routing maps ``[tokens, experts]`` by block."""

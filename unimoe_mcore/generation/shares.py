@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from unimoe_mcore.model.router import routers
+from unimoe_mcore.model.router_watch import RouterWatch
 from unimoe_mcore.model.unimoe import UniMoEModel
 
 Shares = dict[str, list[float]]
 """Block -> share of the choices that each expert got."""
 
 
-class ExpertShares:
+class ExpertShares(RouterWatch):
     """Within its context, counts the experts that every router chooses.
 
     The place that says an answer's first token is the question's last one; it counts for both.
     """
 
     def __init__(self, model: UniMoEModel) -> None:
-        self._routers = {block: router for _, block, router in routers([model])}
+        super().__init__([model])
         self._question: dict[int, Tensor] = {}
         self._answer: dict[int, Tensor] = {}
         self._latest: dict[int, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> ExpertShares:
-        for block, router in self._routers.items():
-
-            def count(_: Any, __: Any, output: tuple[Tensor, Tensor], block: int = block) -> None:
-                chosen = output[1].detach().long()
-                # A sequence comes whole first; then by its next token, or whole again.
-                self._question.setdefault(block, chosen.sum(0))
-                self._latest[block] = chosen[-1]
-
-            self._hooks.append(router.register_forward_hook(count))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def seen(self, block: int, router: TopKRouter, tokens: Tensor, output: Any) -> None:
+        """Count a question's tokens, and keep the latest place."""
+        chosen = output[1].detach().long()
+        # A sequence comes whole first; then by its next token, or whole again.
+        self._question.setdefault(block, chosen.sum(0))
+        self._latest[block] = chosen[-1]
 
     def count_answer(self) -> None:
         """Count the latest place: what it said is of the answer, and no end token."""
