@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
@@ -13,11 +14,14 @@ from data_pipeline.shards.index import Manifest, load_manifest
 from tests.workspace import build_data, overrides
 from unimoe_mcore import demo, quickstart
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.demo import DENSE, IDENTICAL, MIXTURES, described, main, plan_runs
+from unimoe_mcore.demo import main, plan_runs
+from unimoe_mcore.demo_comparison import DENSE, IDENTICAL, MIXTURES, described
 from unimoe_mcore.reporting.comparison import Arm, comparison_tables, modality_means, spread
+from unimoe_mcore.reporting.comparison_figures import answers, experts
 from unimoe_mcore.reporting.results import Judged
 from unimoe_mcore.reporting.runs import Run as RecordedRun
-from unimoe_mcore.staged import Run, available
+from unimoe_mcore.reporting.shares import Routing
+from unimoe_mcore.staged import Run, Stages, available
 from unimoe_mcore.training.planned import planned_tokens, tokens_by_step
 
 
@@ -32,14 +36,15 @@ def runs(manifest: Manifest) -> dict[str, Run]:
     return planned(manifest)
 
 
-def planned(manifest: Manifest, *more: str) -> dict[str, Run]:
+def planned(manifest: Manifest, *more: str, group: str = "demo") -> dict[str, Run]:
     folder = manifest.folder.parent.parent
     base = folder / "runs" / "base" / "gives"
     TextTokenizer.train(["Which colour? red green blue"] * 5, 300).save(base / "tokenizer.json")
     towers = {f"model.towers.{name}." for name in {"speech", "audio"} - set(available(manifest))}
     left_out = ("trainer.steps", *towers)
     tiny = [each for each in overrides(folder) if not each.startswith(left_out)]
-    runs = plan_runs(manifest, [*tiny, "trainer.warmup=0", *more])
+    stages = Stages(manifest, [*tiny, "trainer.warmup=0", *more])
+    runs = plan_runs(stages, manifest, group)
     return {run.recipe.name: run for run in runs}
 
 
@@ -53,6 +58,16 @@ def test_the_schedule_trains_every_arm(runs: dict[str, Run]) -> None:
     for name in (*MIXTURES, IDENTICAL):
         assert runs[name].recipe.parallel.expert == 2
     assert not any(runs[name].recipe.stage.experts for name in DENSE)
+
+
+def test_the_longer_run_of_the_tiny_model_has_the_same_arms(
+    runs: dict[str, Run], manifest: Manifest
+) -> None:
+    longer = planned(manifest, group="demo_tiny")
+    assert list(longer) == list(runs)
+    steps = [each["stage2-speech"].recipe.stage.expert_steps["speech"] for each in (longer, runs)]
+    assert steps[0] > steps[1]
+    test_the_dense_model_sees_as_many_tokens(longer, manifest)
 
 
 def test_an_arm_s_two_runs_differ_in_nothing_but_the_seed(runs: dict[str, Run]) -> None:
@@ -104,7 +119,8 @@ def test_what_tells_the_runs_apart_is_refused_before_anything(
 def test_the_text_counts_the_experts_that_there_are(
     runs: dict[str, Run], manifest: Manifest
 ) -> None:
-    text = described({name: run.recipe for name, run in runs.items()})
+    text = described({name: run.recipe for name, run in runs.items()}, "Base: X.")
+    assert text.startswith("Base: X. All models begin")
     assert "(experts trained: image, speech, audio) and stage 3 (4 experts, 1 of them" in text
     assert "The 4 equal experts take" in text
     silent = [
@@ -116,7 +132,7 @@ def test_the_text_counts_the_experts_that_there_are(
         for split, found in manifest.datasets.items()
     }
     fewer = planned(replace(manifest, entries=tuple(silent), datasets=datasets))
-    text = described({name: run.recipe for name, run in fewer.items()})
+    text = described({name: run.recipe for name, run in fewer.items()}, "Base: X.")
     assert "(experts trained: image) and stage 3 (2 experts, 1 of them" in text
     assert "The 2 equal experts take" in text
 
@@ -144,3 +160,22 @@ def test_the_comparison_is_by_task_and_by_modality() -> None:
     assert "| `c` | 10 | 0.20 | 0.50 (0.24 to 0.76) | 0.10 (0.02 to 0.40) * |" in table
     assert "| **spread** | 0.000 | 0.300 |" in table
     assert "| tokens after stage 1 | 1,000 | 1,500 |" in table
+
+
+def test_the_pictures_show_every_model_and_every_expert() -> None:
+    arms = [
+        Arm(judged(f"{kind}, seed {seed}", {("image", "a"): (5, 10), ("text", "c"): (1, 10)}), 1, 1)
+        for kind in ("MoE", "dense")
+        for seed in (0, 1)
+    ]
+    shown = answers(arms, {"a": 0.2})
+    for words in ("image: a", "text: c", "MoE, 2 seeds", "dense, 2 seeds", "majority answer"):
+        assert words in shown.svg
+    counts = np.ones((5, 2, 3))
+    run = RecordedRun(Path("stage3"), "stage3", {}, "")
+    names = ["base", "image", "x<y"]
+    routing = Routing(run, names, ["image", "text"], [0, 2, 4, 6, 8], counts, [0.0] * 5, [(0, 0)])
+    shown = experts(routing)
+    for words in ("block 0", "block 4", "block 8", "x&lt;y"):
+        assert words in shown.svg
+    assert "block 2" not in shown.svg

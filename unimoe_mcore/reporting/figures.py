@@ -60,7 +60,7 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _panel(
+def panel(
     found: list[Panel], name: str, title: str, words: str, width: float = WIDTH, height: float = 0.0
 ) -> Iterator[Axes]:
     """Axes to draw on; at the end they are a panel more."""
@@ -96,7 +96,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         if not groups:
             continue
         words = f"training loss of {', '.join(groups)} over {run.taken} steps"
-        with _panel(found, f"losses-{run.title}", run.title, words) as axes:
+        with panel(found, f"losses-{run.title}", run.title, words) as axes:
             for group in groups:
                 colour = COLOURS.get(group, "#222222")
                 steps, losses = _points(run.metrics, f"loss/{group}")
@@ -146,7 +146,7 @@ def accuracy(results: Results) -> Figure:
     bars = len(scores)
     height = len(tasks) * (0.2 + 0.16 * bars) + 1.0
     words = f"share of exact answers of {', '.join(title for title, _ in scores)}, by task"
-    with _panel(found, "accuracy", "exact answers", words, 5.0, height) as axes:
+    with panel(found, "accuracy", "exact answers", words, 5.0, height) as axes:
         thick = 0.8 / bars
         for number, (title, each) in enumerate(scores):
             for row, task in enumerate(tasks):
@@ -191,7 +191,7 @@ def _stacked(
     _legend(axes, min(5, len(names)))
 
 
-def _expert_colours(routing: Routing) -> list[str]:
+def expert_colours(routing: Routing) -> list[str]:
     """An expert of a modality has the modality's colour."""
     return [
         COLOURS.get(name, OWN if name == OWN_MLP else EXPERTS[number % len(EXPERTS)])
@@ -203,12 +203,12 @@ def load(routing: Routing) -> Figure:
     """Load of every expert in every block, and the distance between modalities."""
     found: list[Panel] = []
     name, blocks = routing.run.title, [str(block) for block in routing.blocks]
-    with _panel(found, f"load-{name}", f"{name}: load per block", "share of each expert") as axes:
-        _stacked(axes, routing.load(), blocks, routing.experts, _expert_colours(routing))
+    with panel(found, f"load-{name}", f"{name}: load per block", "share of each expert") as axes:
+        _stacked(axes, routing.load(), blocks, routing.experts, expert_colours(routing))
         for part in range(1, len(routing.experts)):
             axes.axhline(part / len(routing.experts), color="#222222", lw=0.8, ls=(0, (4, 4)))
     words = "total-variation distance of modalities' shares, beside shuffled labels"
-    with _panel(found, f"distance-{name}", f"{name}: modalities apart", words) as axes:
+    with panel(found, f"distance-{name}", f"{name}: modalities apart", words) as axes:
         places = range(len(blocks))
         axes.plot(places, routing.variation, "o-", color="#4269d0", label="modalities", ms=4)
         mean = [mean for mean, _ in routing.shuffled]
@@ -240,7 +240,7 @@ def share_of_modalities(routing: Routing) -> Figure:
     for number, expert in enumerate(routing.experts):
         title = f"expert {expert}: whose tokens" if "expert" not in expert else expert
         words = "share of each modality's questions in its tokens; last bar: in all tokens"
-        with _panel(found, f"expert-{number}-{routing.run.title}", title, words) as axes:
+        with panel(found, f"expert-{number}-{routing.run.title}", title, words) as axes:
             bars = np.vstack([shares[:, :, number], whole])
             colours = [COLOURS.get(group, "#222222") for group in routing.groups]
             _stacked(axes, bars, [*blocks, "all"], routing.groups, colours)
@@ -254,8 +254,8 @@ def share_of_experts(routing: Routing) -> Figure:
     for number, group in enumerate(routing.groups):
         words = "share of each expert in the tokens of its questions"
         name = f"modality-{group}-{routing.run.title}"
-        with _panel(found, name, f"{group}: which experts", words) as axes:
-            _stacked(axes, shares[:, number], blocks, routing.experts, _expert_colours(routing))
+        with panel(found, name, f"{group}: which experts", words) as axes:
+            _stacked(axes, shares[:, number], blocks, routing.experts, expert_colours(routing))
     return Figure(found)
 
 
@@ -269,7 +269,7 @@ def ways(routing: Routing, found_ways: Sequence[Ways]) -> Figure:
         title = f"{each.group} questions: {each.kind}"
         words = f"the {SHOWN_WAYS} most travelled ways of {each.tokens} tokens"
         name = f"ways-{each.group}-{each.kind}-{routing.run.title}"
-        with _panel(found, name, title, words) as axes:
+        with panel(found, name, title, words) as axes:
             for number, (way, count) in enumerate(each.paths[:SHOWN_WAYS]):
                 share = count / max(1, each.tokens)
                 shift = 0.06 * (number - (SHOWN_WAYS - 1) / 2)
