@@ -113,7 +113,7 @@ def test_what_cannot_be_converted_is_refused_and_no_folder_harmed(folder: Path) 
     assert len(refused) == len(kept) + 3, answer.stdout
     for line in refused[: len(kept)]:
         assert line.endswith("exists and is no converted base: name another folder.")
-    assert "cannot be converted: sources end in .gguf" in refused[-3]
+    assert "cannot be converted: a source is a GGUF file (.gguf) or" in refused[-3]
     assert refused[-2:] == [f"There is no file {name}.gguf." for name in ("none", "lost")]
     after = _contents(place)
     assert {path: data for path, data in after.items() if path in before} == before

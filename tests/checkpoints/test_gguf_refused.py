@@ -16,13 +16,12 @@ from data_pipeline.errors import DataError
 from tests.checkpoints.small_gguf import HEAD, HIDDEN, Facts, Tensors, small, write
 from unimoe_mcore.checkpoints import gguf_header
 from unimoe_mcore.checkpoints.gguf_file import read_gguf
-from unimoe_mcore.checkpoints.llama import Imported, import_llama
+from unimoe_mcore.checkpoints.importing import Imported, import_model
 from unimoe_mcore.config.errors import UserError
 
 
 def imported(path: Path) -> Imported:
-    published = read_gguf(path)
-    return import_llama(published.tensors, published.language, str(path))
+    return import_model(read_gguf(path), str(path))
 
 
 def file(tensors: int = 0, keys: int = 0, rest: bytes = b"", version: int = 3) -> bytes:
@@ -174,7 +173,7 @@ MUTATED = {
     "it says 2000000000 blocks, and has 20 tensors": changed("llama.block_count", 2_000_000_000),
     "it lacks llama.block_count": without("llama.block_count"),
     "it lacks tokenizer.ggml.tokens": without("tokenizer.ggml.tokens"),
-    "llama.rope.freq_base is 5000.5": changed("llama.rope.freq_base", 5000.5),
+    "llama.rope.freq_base is 0.0, no number greater": changed("llama.rope.freq_base", 0.0),
     "llama.rope.freq_base is nan": changed("llama.rope.freq_base", float("nan")),
     "llama.attention.layer_norm_rms_epsilon is 0.0": changed(
         "llama.attention.layer_norm_rms_epsilon", 0.0

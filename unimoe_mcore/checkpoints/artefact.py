@@ -100,26 +100,16 @@ def _whole_hash(tensors: dict[str, dict[str, Any]], tokenizer: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def seal(folder: Path, facts: Manifest) -> Manifest:
+def seal(
+    folder: Path, facts: Manifest, tensors: dict[str, dict[str, Any]] | None = None
+) -> Manifest:
     """Compute the digests of a folder of shards and write its manifest; the last step of giving.
 
     Args:
         facts: everything but ``hash`` and ``tensors``; an empty ``stands_on`` becomes the hash.
+        tensors: the tensors as the manifest lists them, if who wrote them has; else they are read.
     """
-    import torch
-
-    from unimoe_mcore.checkpoints.store import ShardReader  # imports Megatron; readers need not
-
-    reader = ShardReader(folder, verify=False)
-    tensors = {}
-    for name in sorted(reader.tensors):
-        value = reader.read(name).contiguous()
-        digest = hashlib.sha256(value.view(-1).view(dtype=torch.uint8).numpy()).hexdigest()
-        tensors[name] = {
-            "shape": list(value.shape),
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "sha256": digest,
-        }
+    tensors = _listed(folder) if tensors is None else dict(sorted(tensors.items()))
     names = [path.name for path in sorted(folder.glob("rank-*.json"))]
     names += [TOKENIZER] if (folder / TOKENIZER).is_file() else []
     files = {name: file_sha256(folder / name) for name in names}
@@ -135,6 +125,25 @@ def seal(folder: Path, facts: Manifest) -> Manifest:
     )
     write_text(folder / MANIFEST, json.dumps(asdict(sealed), indent=1))
     return sealed
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Shape, type and digest of every tensor of a folder of shards."""
+    import torch
+
+    from unimoe_mcore.checkpoints.store import ShardReader  # imports Megatron; readers need not
+
+    reader = ShardReader(folder, verify=False)
+    tensors = {}
+    for name in sorted(reader.tensors):
+        value = reader.read(name).contiguous()
+        digest = hashlib.sha256(value.view(-1).view(dtype=torch.uint8).numpy()).hexdigest()
+        tensors[name] = {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "sha256": digest,
+        }
+    return tensors
 
 
 def publish(partial: Path, folder: Path) -> None:

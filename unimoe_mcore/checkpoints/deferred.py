@@ -15,7 +15,9 @@ class Deferred:
     Attributes:
         shape: its sizes.
         read: makes its values, anew each time.
+        floating: whether they are floating-point numbers; quantised weights are not.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    floating: bool = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.conversation.published import with_markers
-from data_pipeline.conversation.tokenizer import TextTokenizer
+from data_pipeline.shards.integrity import file_sha256
 from unimoe_mcore.checkpoints.deferred import Deferred
-from unimoe_mcore.checkpoints.gguf_facts import Facts, listed, number, shown, size, text
+from unimoe_mcore.checkpoints.facts import Facts, listed, number, positive, shown, size, text
 from unimoe_mcore.checkpoints.gguf_header import (
     Header,
     StoredTensor,
@@ -28,7 +27,9 @@ from unimoe_mcore.checkpoints.gguf_header import (
     read_values,
 )
 from unimoe_mcore.checkpoints.gguf_tokenizer import read_tokenizer
-from unimoe_mcore.checkpoints.llama import ROPE_FACTORS, some
+from unimoe_mcore.checkpoints.importing import ROPE_FACTORS, some
+from unimoe_mcore.checkpoints.llama import rules_of
+from unimoe_mcore.checkpoints.published import Published
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.model import LanguageConfig
 
@@ -54,23 +55,11 @@ UNSCALED = {
 """Keys of scaled rotary positions -> the values that scale nothing."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published language model.
+def read_gguf(path: Path, template: str = "") -> Published:
+    """Read a Llama from a GGUF file; its weights, fp32, are read when they are wanted.
 
-    Attributes:
-        language: its shape.
-        tensors: transformers' name -> values, fp32, in transformers' layout.
-        tokenizer: its tokenizer, with media markers.
-    """
-
-    language: LanguageConfig
-    tensors: dict[str, Deferred]
-    tokenizer: TextTokenizer
-
-
-def read_gguf(path: Path) -> Published:
-    """Read a Llama from a GGUF file; its weights are read when they are wanted.
+    Args:
+        template: name of the chat template; empty for the one that its tokenizer has the tokens of.
 
     Raises:
         UserError: if there is no such file, it is damaged, or holds something else than a Llama of
@@ -85,7 +74,7 @@ def read_gguf(path: Path) -> Published:
         raise UserError(f"{path} is no whole GGUF file: {error}.") from error
     try:
         language = _shape(header)
-        tokenizer = with_markers(read_tokenizer(header.facts), str(path))
+        tokenizer = with_markers(read_tokenizer(header.facts), str(path), template)
         names = _named(header.tensors)
         check_kinds(header)
     except ValueError as error:
@@ -96,7 +85,8 @@ def read_gguf(path: Path) -> Published:
         )
         for tensor in header.tensors.values()
     }
-    return Published(language, weights, tokenizer)
+    digest = file_sha256(path)
+    return Published(language, weights, tokenizer, rules_of(language), digest=digest)
 
 
 def _shape(header: Header) -> LanguageConfig:
@@ -118,8 +108,7 @@ def _shape(header: Header) -> LanguageConfig:
         raise ValueError("it is a mixture of experts, only dense models can be a base")
     if blocks > len(header.tensors):
         raise ValueError(f"it says {blocks} blocks, and has {len(header.tensors)} tensors")
-    # Stored in fp32: the shortest decimal that means the same is what was meant.
-    epsilon = float(str(np.float32(number(facts, "llama.attention.layer_norm_rms_epsilon"))))
+    epsilon = _meant(number(facts, "llama.attention.layer_norm_rms_epsilon"))
     if not 0 < epsilon < 1:
         raise ValueError(f"llama.attention.layer_norm_rms_epsilon is {epsilon}")
     return LanguageConfig(
@@ -130,10 +119,15 @@ def _shape(header: Header) -> LanguageConfig:
         kv_heads=kv_heads,
         vocabulary=len(listed(facts, "tokenizer.ggml.tokens", str)),
         max_tokens=size(facts, "llama.context_length"),
-        rope_base=size(facts, "llama.rope.freq_base", 10000),
+        rope_base=_meant(positive(facts, "llama.rope.freq_base", 10000)),
         norm_eps=epsilon,
         tied="output.weight" not in header.tensors,
     )
+
+
+def _meant(stored: float) -> float:
+    """A number that was stored in fp32: the shortest decimal that means the same."""
+    return float(str(np.float32(stored)))
 
 
 def _check_heads(facts: Facts, hidden: int, heads: int, kv_heads: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from unimoe_mcore.checkpoints.gguf_facts import Facts, listed, shown, text
+from unimoe_mcore.checkpoints.facts import Facts, listed, shown, text
 
 _CONTROL = 3
 """GGUF's type of special tokens."""

@@ -1,19 +1,18 @@
-"""Weights of Llama-family models under our names: a table, and every tensor accounted for.
+"""Weights of Llama-family models under our names, as a table.
 
 Theirs are the names of transformers' ``LlamaForCausalLM``; ours are those of Megatron's local
 modules, as they are on disk. HybridModel counts two layers a block: attention, then the MLP.
+``unimoe_mcore.checkpoints.importing`` lays weights out by these tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unimoe_mcore.checkpoints.deferred import Deferred
-from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.model import LanguageConfig
 
 type Combine = Callable[[Sequence[Tensor], LanguageConfig], Tensor]
@@ -41,30 +40,40 @@ class Rule:
     Attributes:
         ours: its name without ``language_model.``; ``{attention}`` and ``{mlp}`` are the numbers
             of a block's two layers.
-        theirs: their names; ``{block}`` is the block's number.
-        shapes: shape of each of theirs, in terms of the model's sizes.
-        combine: makes ours of theirs.
+        theirs: their names; ``{block}`` is the block's number, ``{expert}`` an expert's.
+        shapes: shape of each of theirs, in terms of the model's sizes (``sizes_of``).
+        combine: makes ours of theirs; it lays their rows one below another.
+        rows: the size that ours has rows for, where that may be more than theirs have: rows of
+            zeros fill it up.
     """
 
     ours: str
     theirs: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]
     combine: Combine = _same
+    rows: str = ""
+
+    def of(self, **numbers: int) -> Rule:
+        """The rule with the numbers in its names filled in."""
+        theirs = tuple(name.format(**numbers) for name in self.theirs)
+        return replace(self, ours=self.ours.format(**numbers), theirs=theirs)
 
 
-_MATRIX, _NORM = ("vocabulary", "hidden"), ("hidden",)
+_MATRIX, _NORM = ("words", "hidden"), ("hidden",)
 _THERE, _ATTENTION, _MLP = (
     "model.layers.{block}.",
     "decoder.layers.{attention}.",
     "decoder.layers.{mlp}.",
 )
 
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 WHOLE = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (_MATRIX,)),
+    Rule("embedding.word_embeddings.weight", (EMBEDDING,), (_MATRIX,), rows="vocabulary"),
     Rule("decoder.final_norm.weight", ("model.norm.weight",), (_NORM,)),
 )
-HEAD = Rule("output_layer.weight", ("lm_head.weight",), (_MATRIX,))
-BLOCK = (
+HEAD = Rule("output_layer.weight", (OUTPUT,), (_MATRIX,), rows="vocabulary")
+ATTENTION = (
     Rule(_ATTENTION + "input_layernorm.weight", (_THERE + "input_layernorm.weight",), (_NORM,)),
     Rule(
         _ATTENTION + "self_attention.linear_qkv.weight",
@@ -80,6 +89,9 @@ BLOCK = (
     Rule(
         _MLP + "pre_mlp_layernorm.weight", (_THERE + "post_attention_layernorm.weight",), (_NORM,)
     ),
+)
+"""Of a block: all but its MLP."""
+DENSE = (
     Rule(
         _MLP + "mlp.linear_fc1.weight",
         (_THERE + "mlp.gate_proj.weight", _THERE + "mlp.up_proj.weight"),
@@ -88,98 +100,59 @@ BLOCK = (
     ),
     Rule(_MLP + "mlp.linear_fc2.weight", (_THERE + "mlp.down_proj.weight",), (("hidden", "ffn"),)),
 )
+BLOCK = (*ATTENTION, *DENSE)
+EXPERT = (
+    Rule(
+        _MLP + "mlp.linear_fc1.weight",
+        (
+            _THERE + "block_sparse_moe.experts.{expert}.w1.weight",
+            _THERE + "block_sparse_moe.experts.{expert}.w3.weight",
+        ),
+        (("ffn", "hidden"), ("ffn", "hidden")),
+        _stacked,
+    ),
+    Rule(
+        _MLP + "mlp.linear_fc2.weight",
+        (_THERE + "block_sparse_moe.experts.{expert}.w2.weight",),
+        (("hidden", "ffn"),),
+    ),
+)
+"""Of a block of Mixtral: one expert, in the form of a dense MLP; what an expert artefact holds."""
+ROUTER = (
+    Rule(
+        _MLP + "mlp.router.weight",
+        (_THERE + "block_sparse_moe.gate.weight",),
+        (("experts", "hidden"),),
+    ),
+)
 
-ROPE_FACTORS = "rope_freqs.weight"
-"""llama.cpp's factors of the rotary frequencies, ``[half a head]``: where they are not 1, as those
-of Llama 3.1, positions are scaled."""
-UNSCALED = "all its factors are 1"
 
-MOST_NAMED = 12
-"""Tensors that one message names."""
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A language model under our names.
-
-    Attributes:
-        tensors: our name on disk -> values, made of theirs when they are read.
-        used: their name -> our name.
-        skipped: their name -> why it was not taken.
-    """
-
-    tensors: dict[str, Deferred]
-    used: dict[str, str]
-    skipped: dict[str, str]
+def of_blocks(rules: Sequence[Rule], language: LanguageConfig, **numbers: int) -> list[Rule]:
+    """A block's rules for every block."""
+    return [
+        rule.of(block=block, attention=2 * block, mlp=2 * block + 1, **numbers)
+        for block in range(language.blocks)
+        for rule in rules
+    ]
 
 
-def import_llama(theirs: Mapping[str, Deferred], language: LanguageConfig, source: str) -> Imported:
-    """Lay a Llama's weights out as ours; of their values only the rotary factors are looked at.
+def rules_of(language: LanguageConfig, mlp: Sequence[Rule] = DENSE, **numbers: int) -> list[Rule]:
+    """The whole language model's rules.
 
     Args:
-        theirs: their name -> values.
-        language: shape of the model.
-        source: where they come from, for messages.
-
-    Raises:
-        UserError: naming the tensors that are missing, have another shape, or are not known.
+        mlp: those of a block's MLP.
+        numbers: more numbers in their names.
     """
-    rules = list(_rules(language))
-    problems = [p for rule in rules for p in _problems(rule, theirs, language)]
-    used = {name: f"language_model.{rule.ours}" for rule in rules for name in rule.theirs}
-    skipped = {}
-    for name in sorted(theirs.keys() - used.keys()):
-        if name != ROPE_FACTORS:
-            problems.append(f"{name} is not known")
-        elif not _neutral(theirs[name], language):
-            problems.append(f"{name} scales the rotary positions, which is not known here")
-        else:
-            skipped[name] = UNSCALED
-    if problems:
-        raise UserError(f"{source} cannot be used: {some(problems)}.")
-    tensors = {
-        f"language_model.{rule.ours}": _combined(rule, [theirs[n] for n in rule.theirs], language)
-        for rule in rules
-    }
-    return Imported(tensors, used, skipped)
+    whole = list(WHOLE if language.tied else (*WHOLE, HEAD))
+    return whole + of_blocks((*ATTENTION, *mlp), language, **numbers)
 
 
-def some(problems: Sequence[str]) -> str:
-    """Problems in one sentence: the first ones, and how many there are more."""
-    more = len(problems) - MOST_NAMED
-    return "; ".join(problems[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _combined(rule: Rule, parts: Sequence[Deferred], language: LanguageConfig) -> Deferred:
-    """One of ours; every rule lays the rows of theirs one below another."""
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return Deferred(shape, lambda: rule.combine([part.read() for part in parts], language))
-
-
-def _neutral(factors: Deferred, language: LanguageConfig) -> bool:
-    half = language.hidden // language.heads // 2
-    return factors.shape == (half,) and bool((factors.read() == 1).all())
-
-
-def _rules(language: LanguageConfig) -> list[Rule]:
-    """The table with every block's numbers filled in."""
-    rules = list(WHOLE if language.tied else (*WHOLE, HEAD))
-    for block in range(language.blocks):
-        numbers = {"block": block, "attention": 2 * block, "mlp": 2 * block + 1}
-        for rule in BLOCK:
-            theirs = tuple(name.format(**numbers) for name in rule.theirs)
-            rules.append(Rule(rule.ours.format(**numbers), theirs, rule.shapes, rule.combine))
-    return rules
-
-
-def _problems(rule: Rule, theirs: Mapping[str, Deferred], language: LanguageConfig) -> list[str]:
+def sizes_of(language: LanguageConfig) -> dict[str, int]:
+    """What the tables' axes are called -> sizes."""
     head = language.hidden // language.heads
-    sizes = {**vars(language), "queries": language.heads * head, "keys": language.kv_heads * head}
-    problems = []
-    for name, axes in zip(rule.theirs, rule.shapes, strict=True):
-        wanted = [sizes[axis] for axis in axes]
-        if name not in theirs:
-            problems.append(f"{name} is missing")
-        elif list(theirs[name].shape) != wanted:
-            problems.append(f"{name} is {list(theirs[name].shape)}, not {wanted}")
-    return problems
+    return {
+        **vars(language),
+        "words": language.words,
+        "queries": language.heads * head,
+        "keys": language.kv_heads * head,
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Buffer, Callable, Iterable, Mapping, Sequence
+from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -58,19 +58,33 @@ class Snapshot:
         _write(folder, rank, self.header, chunks, self.parts, self.held)
 
 
-def write_one_by_one(folder: Path, pieces: Sequence[Piece], read: Callable[[str], Tensor]) -> None:
+def write_one_by_one(
+    folder: Path, pieces: Sequence[Piece], read: Callable[[str], Tensor]
+) -> dict[str, dict[str, Any]]:
     """All tensors whole, as one rank of one would write them; one at a time is in memory.
 
     Args:
         pieces: the tensors; their data are outlines (on the meta device), of the type on disk.
         read: makes a tensor's values by its name.
+
+    Returns:
+        Shape, type and digest of each, as a manifest lists them.
     """
     mine, header, parts, _ = _laid_out(pieces)
-    chunks = (
-        memoryview(read(each.name).to(each.data.dtype).reshape(-1).view(torch.uint8).numpy())
-        for each in mine
-    )
-    _write(folder, 0, header, chunks, parts, sorted(each.name for each in mine))
+    listed: dict[str, dict[str, Any]] = {}
+
+    def chunks() -> Iterator[Buffer]:
+        for each in mine:
+            values = read(each.name).to(each.data.dtype).reshape(-1).view(torch.uint8).numpy()
+            listed[each.name] = {
+                "shape": list(each.global_shape),
+                "dtype": str(each.data.dtype).removeprefix("torch."),
+                "sha256": hashlib.sha256(values).hexdigest(),
+            }
+            yield memoryview(values)
+
+    _write(folder, 0, header, chunks(), parts, sorted(each.name for each in mine))
+    return listed
 
 
 def _write(

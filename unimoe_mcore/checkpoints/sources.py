@@ -11,6 +11,7 @@ from typing import Any
 
 from unimoe_mcore.checkpoints.artefact import MANIFEST, Manifest, check_stands_on, read_manifest
 from unimoe_mcore.config.errors import UserError
+from unimoe_mcore.config.model import LanguageConfig
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import OWN_MLP
 
@@ -110,9 +111,10 @@ def _part(recipe: Recipe, folder: Path, what: str, base: Manifest) -> Manifest:
 
 def _same_shape(recipe: Recipe, base: Manifest, folder: Path) -> None:
     wanted = asdict(recipe.model.language)
-    differing = [k for k, v in wanted.items() if base.language.get(k) != v]
+    found = {**asdict(LanguageConfig()), **base.language}  # an older base lacks newer keys
+    differing = [k for k, v in wanted.items() if found[k] != v]
     if differing:
-        words = ", ".join(f"{k}={base.language.get(k)} (recipe: {wanted[k]})" for k in differing)
+        words = ", ".join(f"{k}={found[k]} (recipe: {wanted[k]})" for k in differing)
         raise UserError(f"The base {folder} has another shape than model.language: {words}.")
 
 

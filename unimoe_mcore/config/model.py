@@ -18,9 +18,16 @@ class LanguageConfig:
         ffn: width inside the gated MLP.
         heads: attention heads.
         kv_heads: key/value heads (``heads`` for multi-head attention).
-        vocabulary: tokens, special ones included.
+        vocabulary: rows of the embedding; tokens, special ones included, and what fills up.
+        unpadded_vocabulary: rows that are a published model's own; those behind them, which make
+            the number even for tensor parallelism or hold the media's markers, are never said. 0:
+            all are its own.
         max_tokens: longest sequence.
         rope_base: base of the rotary positions.
+        rope_scaling: how they are stretched for longer sequences (``unimoe_mcore.model.rotary``):
+            ``none``, ``linear``, ``llama3``.
+        rope_factor: by how much.
+        rope_low_frequency, rope_high_frequency, rope_original_tokens: of ``llama3``.
         norm_eps: epsilon of RMSNorm.
         tied: output layer shares the embedding's weights.
         init_std: standard deviation of the initial weights; output layers get
@@ -34,10 +41,21 @@ class LanguageConfig:
     kv_heads: int = 4
     vocabulary: int = 2048
     max_tokens: int = 512
-    rope_base: int = 10000
+    unpadded_vocabulary: int = 0
+    rope_base: float = 10000
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
+    rope_original_tokens: int = 0
     norm_eps: float = 1e-5
     tied: bool = True
     init_std: float = 0.02
+
+    @property
+    def words(self) -> int:
+        """Rows of the embedding that are the model's own."""
+        return self.unpadded_vocabulary or self.vocabulary
 
 
 @dataclass
@@ -113,6 +131,7 @@ class ModelConfig:
     towers: dict[str, TowerConfig] = field(default_factory=dict)
 
 
+ROPE_SCALINGS = ("none", "linear", "llama3")
 PLACEMENTS = ("interval", "all", "first_half", "second_half")
 SCORES = ("softmax", "pre_softmax", "sigmoid")
 BALANCING_LOSSES = ("official", "sequence", "global", "global_running")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from unimoe_mcore.config.data import DataConfig
-from unimoe_mcore.config.model import PLACEMENTS, LanguageConfig, moe_blocks
+from unimoe_mcore.config.model import PLACEMENTS, ROPE_SCALINGS, LanguageConfig, moe_blocks
 from unimoe_mcore.config.parallel import check_layout, check_tested
 from unimoe_mcore.config.rates import rate_problems
 from unimoe_mcore.config.recipe import Recipe
@@ -61,6 +61,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> list[str]:
 def _choices(recipe: Recipe) -> Iterator[str]:
     for key, value, allowed in (
         ("stage.kind", recipe.stage.kind, KINDS),
+        ("model.language.rope_scaling", recipe.model.language.rope_scaling, ROPE_SCALINGS),
         ("model.moe.placement", recipe.model.moe.placement, PLACEMENTS),
         ("data.compose", recipe.data.compose, COMPOSITIONS),
         ("data.deal", recipe.data.deal, DEALINGS),
@@ -164,6 +165,12 @@ def _language(language: LanguageConfig) -> Iterator[str]:
             f"model.language.vocabulary is {language.vocabulary}, bytes and special tokens alone "
             f"need {SMALLEST_VOCABULARY}"
         )
+    if not 0 <= language.unpadded_vocabulary <= language.vocabulary:
+        yield (
+            f"model.language.unpadded_vocabulary is {language.unpadded_vocabulary}, it must be "
+            f"from 0 to model.language.vocabulary={language.vocabulary}"
+        )
+    yield from _rotary(language)
     if language.hidden % language.heads:
         yield (
             f"model.language.hidden={language.hidden} is not divisible by "
@@ -173,6 +180,25 @@ def _language(language: LanguageConfig) -> Iterator[str]:
         yield (
             f"model.language.heads={language.heads} is not divisible by "
             f"model.language.kv_heads={language.kv_heads}"
+        )
+
+
+def _rotary(language: LanguageConfig) -> Iterator[str]:
+    for key in ("rope_base", "rope_factor"):
+        if not 0 < getattr(language, key) < math.inf:
+            yield f"model.language.{key} is {getattr(language, key)}, it must be above 0"
+    if language.rope_scaling == "llama3":
+        if not 0 < language.rope_low_frequency < language.rope_high_frequency < math.inf:
+            yield (
+                f"model.language.rope_low_frequency={language.rope_low_frequency} is not between 0 "
+                f"and model.language.rope_high_frequency={language.rope_high_frequency}"
+            )
+        if language.rope_original_tokens < 1:
+            yield "model.language.rope_original_tokens is needed by rope_scaling=llama3"
+    elif language.rope_scaling == "none" and language.rope_factor != 1:
+        yield (
+            f"model.language.rope_factor is {language.rope_factor}, but "
+            "model.language.rope_scaling=none scales nothing"
         )
 
 

@@ -16,11 +16,13 @@ from unimoe_mcore.model.empty import WithoutMemory, materialise
 from unimoe_mcore.model.initialise import seeded_by_name
 from unimoe_mcore.model.language import language_spec, transformer_config
 from unimoe_mcore.model.lora import add_lora
+from unimoe_mcore.model.rotary import scale_rotary
 from unimoe_mcore.model.towers.encoders import build_encoder
 from unimoe_mcore.model.towers.feature_cache import FeatureCache
 from unimoe_mcore.model.towers.live_encoder import LiveEncoder
 from unimoe_mcore.model.towers.tower import Tower
 from unimoe_mcore.model.unimoe import UniMoEModel
+from unimoe_mcore.model.vocabulary import never_say_padding
 from unimoe_mcore.runtime.devices import device
 
 
@@ -89,6 +91,10 @@ def build_model(
             groups,
         )
         _check_layers(model, config.num_layers, groups, parallel.virtual_pipeline)
+        scale_rotary(model.language_model, recipe.model.language)
+        never_say_padding(
+            model.language_model, recipe.model.language, groups.tp.rank(), groups.tp.size()
+        )
         if adapted:
             add_lora(model.language_model, recipe.stage.lora)
     if not memory:

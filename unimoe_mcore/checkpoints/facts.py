@@ -1,7 +1,8 @@
-"""The metadata of a GGUF file as facts of the right type, or a reason why not."""
+"""What a published model says of itself, as facts of the right type, or a reason why not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def text(facts: Facts, name: str, default: str | None = None) -> str:
 
 
 def number(facts: Facts, name: str, default: float | None = None) -> float:
-    """A number.
+    """A number, not infinite.
 
     Raises:
         ValueError: if it is not there, or none.
@@ -35,6 +36,32 @@ def number(facts: Facts, name: str, default: float | None = None) -> float:
     value = _there(facts, name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {shown(value)}, no number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {shown(value)}, no finite number")
+    return value
+
+
+def positive(facts: Facts, name: str, default: float | None = None) -> float:
+    """A number greater than 0.
+
+    Raises:
+        ValueError: if it is not there, or none.
+    """
+    value = number(facts, name, default)
+    if not value > 0:
+        raise ValueError(f"{name} is {shown(value)}, no number greater than 0")
+    return float(value)
+
+
+def truth(facts: Facts, name: str, default: bool | None = None) -> bool:
+    """True or false.
+
+    Raises:
+        ValueError: if it is not there, or neither.
+    """
+    value = _there(facts, name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}, neither true nor false")
     return value
 
 

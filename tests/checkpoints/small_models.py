@@ -1,0 +1,81 @@
+"""Small random models in transformers' own folders, with a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from tests.checkpoints.small_gguf import SPECIAL, TOKENS
+
+HIDDEN, FFN, HEADS = 64, 96, 4
+ROWS = len(TOKENS)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Over 200 positions, with half a head of 8 frequencies, some are fast, some slow, one between."""
+
+_KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+}
+
+
+def tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
+    """A byte-level BPE with ChatML's tokens and, of the default, five to spare."""
+    tokens = [*special, *TOKENS[len(SPECIAL) :]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t"), ("h", "e"), ("Ġt", "he")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in special])
+    return made
+
+
+def model_of(kind: str, **changes: Any) -> PreTrainedModel:
+    """A random model whose logits differ by more than their rounding, fp32."""
+    config, model = _KINDS[kind]
+    facts = {
+        "vocab_size": ROWS,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.5},
+        "attn_implementation": "eager",
+        "sliding_window": None,
+    }
+    torch.manual_seed(0)
+    made = model(config(**{**facts, **changes})).float().eval()
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            values = torch.randn(value.shape)
+            value.copy_(1 + 0.2 * values if name.endswith("norm.weight") else 0.25 * values)
+    return made
+
+
+def saved(folder: Path, model: PreTrainedModel, pieces: bool = False) -> Path:
+    """A model's folder as transformers writes it, in several files if asked to."""
+    model.save_pretrained(folder, max_shard_size="60KB" if pieces else "1GB")
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
