@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.checkpoints.small_gguf import SPECIAL, TOKENS
+from tests.checkpoints.small_gguf import TOKENS
+from tests.checkpoints.small_tokenizer import tokenizer
 
 HIDDEN, FFN, HEADS = 64, 96, 4
 ROWS = len(TOKENS)
@@ -36,17 +36,6 @@ _KINDS = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
 }
-
-
-def tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
-    """A byte-level BPE with ChatML's tokens and, of the default, five to spare."""
-    tokens = [*special, *TOKENS[len(SPECIAL) :]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t"), ("h", "e"), ("Ġt", "he")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in special])
-    return made
 
 
 def model_of(kind: str, **changes: Any) -> PreTrainedModel:

@@ -59,19 +59,20 @@ def _sharded(folder: Path, form: _Form) -> tuple[dict[str, Deferred], list[Path]
         places = _places(read_object(index, MOST_INDEX), index)
     except (ValueError, OSError) as error:
         raise UserError(f"{index} cannot be used: {error}.") from error
-    found: dict[str, Deferred] = {}
-    for name in dict.fromkeys(places.values()):
-        path = folder / name
-        if not path.is_file():
+    names = list(dict.fromkeys(places.values()))
+    for name in names:
+        if not (folder / name).is_file():
             raise UserError(f"{index} names {name}, which is missing: fetch it again.")
-        held = form.read(path)
+    found: dict[str, Deferred] = {}
+    for name in names:
+        held = form.read(folder / name)
         listed = {tensor for tensor, place in places.items() if place == name}
         problems = [f"{tensor} is not in {name}" for tensor in sorted(listed - held.keys())]
         problems += [f"{tensor} is in {name}, unlisted" for tensor in sorted(held.keys() - listed)]
         if problems:
             raise UserError(f"{index} is not about its files: {some(problems)}.")
         found |= held
-    return found, [index, *(folder / name for name in dict.fromkeys(places.values()))]
+    return found, [index, *(folder / name for name in names)]
 
 
 def _places(facts: Mapping[str, object], index: Path) -> dict[str, str]:

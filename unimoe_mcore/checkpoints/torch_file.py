@@ -109,10 +109,8 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(
-            r"Unsupported global: GLOBAL (\S+)|Unsupported (?:operand|class) (\S+)", str(error)
-        )
-        what = shown(reason[1] or reason[2]) if reason else "something else than tensors"
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = shown(named[1]) if named else "something else than tensors"
         raise UserError(f"{path} is refused: its pickle asks for {what}; {INSTEAD}.") from error
     except Exception as error:  # the reader raises whatever a broken pickle leads it to
         raise UserError(f"{path} cannot be read: {said(error)}; {INSTEAD}.") from error
