@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import yaml
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.checkpoints.cases_convert import batch_of, built
 from tests.checkpoints.small_models import LLAMA3, model_of, saved
+from unimoe_mcore.checkpoints.artefact import read_manifest
+from unimoe_mcore.checkpoints.loading import begin_with, load_sources
+from unimoe_mcore.checkpoints.sources import find_sources
+from unimoe_mcore.checkpoints.starting import find_start
+from unimoe_mcore.config.model import LanguageConfig, ModelConfig, MoEConfig
 from unimoe_mcore.config.parallel import ParallelConfig
+from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.convert import convert
+from unimoe_mcore.model.build import build_model
+from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.unimoe import UniMoEModel
 from unimoe_mcore.runtime import groups
+from unimoe_mcore.runtime.capabilities import detect, transformer_flags
 
 LENGTH = 200
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,8 +63,46 @@ def difference(theirs: PreTrainedModel, ours: UniMoEModel) -> dict[str, float]:
     }
 
 
-def all_cases(folder: str) -> dict[str, Any]:
-    """Every kind of Llama."""
+def mixture(folder: Path, said: Mapping[str, str], parallel: ParallelConfig) -> UniMoEModel:
+    """Our stage 3 of a converted Mixtral, by what the conversion said of the recipe."""
+    language = LanguageConfig(**read_manifest(folder, "the base").language)
+    moe = MoEConfig(**yaml.safe_load(said["model.moe"]))
+    recipe = Recipe(model=ModelConfig(language, moe), parallel=parallel)
+    recipe.stage.kind, recipe.stage.base = "moe", str(folder)
+    named = yaml.safe_load(said["stage.experts"].replace("FOLDER", str(folder)))
+    recipe.stage.experts, recipe.stage.train = named, ["router"]
+    recipe.stage.init_from = said["stage.init_from"].replace("FOLDER", str(folder))
+    sources = find_sources(recipe)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    model = build_model(recipe, collection, {}, torch.float32, transformer_flags(detect()))
+    load_sources(model, sources, recipe)
+    train_only(model, recipe.stage)
+    start = find_start(recipe, sources)
+    assert start is not None
+    begin_with([model], start)
+    return model.eval()
+
+
+def mixtral() -> PreTrainedModel:
+    return model_of("mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+
+def fused(folder: Path, model: PreTrainedModel) -> Path:
+    """The same with the names that transformers 5 has in memory."""
+    saved(folder, model)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def hashes(folder: Path) -> list[str]:
+    """Of a base and all that lies beside it."""
+    return [
+        json.loads(path.read_text())["hash"] for path in sorted(folder.glob("**/manifest.json"))
+    ]
+
+
+def one_process(folder: str) -> dict[str, Any]:
+    """Every kind of Llama, and a Mixtral in both forms."""
     groups.initialise(ParallelConfig())
     place = Path(folder)
     found: dict[str, Any] = {}
@@ -59,4 +112,23 @@ def all_cases(folder: str) -> dict[str, Any]:
         convert(source, place / name, torch.float32)
         found[name] = difference(theirs, built(place / name))
         found[name]["files"] = len(list(source.glob("*.safetensors")))
+    theirs = mixtral()
+    published, _ = convert(saved(place / "source" / "m", theirs), place / "m", torch.float32)
+    ours = mixture(place / "m", published.recipe, ParallelConfig())
+    found["mixtral"] = difference(theirs, ours)
+    convert(fused(place / "source" / "fused", theirs), place / "fused", torch.float32)
+    found["hashes"] = [hashes(place / "m"), hashes(place / "fused")]
     return found
+
+
+def two_processes(folder: str) -> dict[str, Any]:
+    """A Mixtral whose experts are divided over two processes."""
+    parallel = ParallelConfig(expert=2)
+    groups.initialise(parallel)
+    theirs, place = mixtral(), Path(folder)
+    said: list[Any] = [None]
+    if dist.get_rank() == 0:
+        published, _ = convert(saved(place / "source", theirs), place / "ep", torch.float32)
+        said = [dict(published.recipe)]
+    dist.broadcast_object_list(said)
+    return difference(theirs, mixture(place / "ep", said[0], parallel))
