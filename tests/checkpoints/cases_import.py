@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.checkpoints.cases_convert import batch_of, built
-from tests.checkpoints.small_models import LLAMA3, model_of, saved
+from tests.checkpoints.small_models import LLAMA3, ROWS, llava, model_of, saved
 from unimoe_mcore.checkpoints.artefact import read_manifest
 from unimoe_mcore.checkpoints.loading import begin_with, load_sources
 from unimoe_mcore.checkpoints.sources import find_sources
@@ -23,6 +23,7 @@ from unimoe_mcore.checkpoints.starting import find_start
 from unimoe_mcore.config.model import LanguageConfig, ModelConfig, MoEConfig
 from unimoe_mcore.config.parallel import ParallelConfig
 from unimoe_mcore.config.recipe import Recipe
+from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig
 from unimoe_mcore.convert import convert
 from unimoe_mcore.model.build import build_model
 from unimoe_mcore.model.parts import train_only
@@ -48,8 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @torch.no_grad()
 def difference(theirs: PreTrainedModel, ours: UniMoEModel) -> dict[str, float]:
     """Largest difference of logits over a sequence, as a share of the largest logit."""
-    words = theirs.config.vocab_size
-    ids = torch.randint(8, words, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    words = theirs.config.get_text_config().vocab_size
+    ids = torch.randint(8, words - 1, (LENGTH,), generator=torch.Generator().manual_seed(1))
     expected = theirs(input_ids=ids[None]).logits[0]
     found = ours(batch_of(ids.tolist()), with_loss=False)[0]
     losses = ours(batch_of(ids.tolist()))[0, : LENGTH - 1]
@@ -94,6 +95,42 @@ def fused(folder: Path, model: PreTrainedModel) -> Path:
     return folder
 
 
+@torch.no_grad()
+def compared_llava(place: Path) -> dict[str, Any]:
+    """A LLaVA of transformers: its language model, and its projector as a stage's connector."""
+    theirs = llava()
+    source = saved(place / "source" / "llava", theirs)
+    published, imported = convert(source, place / "llava", torch.float32)
+    said = {
+        key: value.replace("FOLDER", str(place / "llava"))
+        for key, value in published.recipe.items()
+    }
+    language = LanguageConfig(**read_manifest(place / "llava", "the base").language)
+    connector = ConnectorConfig(**yaml.safe_load(said["model.towers.image.connector"]))
+    order = said["model.towers.image.frame_order"]
+    encoder = EncoderConfig(name="random_image", feature_size=32)
+    recipe = Recipe(
+        model=ModelConfig(language, towers={"image": TowerConfig(encoder, connector, order)})
+    )
+    recipe.stage.kind, recipe.stage.base = "dense", str(place / "llava")
+    recipe.stage.start = str(place / "llava" / "connector-image")
+    recipe.stage.connectors = {"image": said["stage.connectors.image"]}
+    recipe.paths.cache = str(place / "cache")
+    sources = find_sources(recipe)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    flags = transformer_flags(detect())
+    model = build_model(recipe, collection, {"image": ROWS - 1}, torch.float32, flags)
+    load_sources(model, sources, recipe)
+    features = torch.randn(4, 32)
+    connected = model.modality_submodules["image"].connect([features])
+    expected = theirs.model.multi_modal_projector(features)
+    return {
+        "connector": (connected - expected).abs().max().item(),
+        "skipped": list(imported.skipped.values()),
+        **difference(theirs, built(place / "llava")),
+    }
+
+
 def hashes(folder: Path) -> list[str]:
     """Of a base and all that lies beside it."""
     return [
@@ -112,12 +149,21 @@ def one_process(folder: str) -> dict[str, Any]:
         convert(source, place / name, torch.float32)
         found[name] = difference(theirs, built(place / name))
         found[name]["files"] = len(list(source.glob("*.safetensors")))
+        if changes.get("rope_parameters"):
+            plain = {
+                "rope_type": "default",
+                "rope_theta": changes["rope_parameters"]["rope_theta"],
+            }
+            found[name]["unscaled"] = difference(
+                model_of(kind, rope_parameters=plain), built(place / name)
+            )["difference"]
     theirs = mixtral()
     published, _ = convert(saved(place / "source" / "m", theirs), place / "m", torch.float32)
     ours = mixture(place / "m", published.recipe, ParallelConfig())
     found["mixtral"] = difference(theirs, ours)
     convert(fused(place / "source" / "fused", theirs), place / "fused", torch.float32)
     found["hashes"] = [hashes(place / "m"), hashes(place / "fused")]
+    found["llava"] = compared_llava(place)
     return found
 
 

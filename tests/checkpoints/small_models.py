@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -38,24 +41,45 @@ _KINDS = {
 }
 
 
+_FACTS = {
+    "vocab_size": ROWS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.5},
+    "attn_implementation": "eager",
+    "sliding_window": None,
+}
+
+
 def model_of(kind: str, **changes: Any) -> PreTrainedModel:
     """A random model whose logits differ by more than their rounding, fp32."""
     config, model = _KINDS[kind]
-    facts = {
-        "vocab_size": ROWS,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.5},
-        "attn_implementation": "eager",
-        "sliding_window": None,
-    }
+    return _filled(model(config(**{**_FACTS, **changes})))
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """The same with a vision tower and a projector of features of 32 numbers."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    language = LlamaConfig(**_FACTS)
+    config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=ROWS - 1)
+    return _filled(LlavaForConditionalGeneration(config))
+
+
+def _filled[M: PreTrainedModel](made: M) -> M:
     torch.manual_seed(0)
-    made = model(config(**{**facts, **changes})).float().eval()
+    made = made.float().eval()
     with torch.no_grad():
         for name, value in made.named_parameters():
             values = torch.randn(value.shape)

@@ -44,6 +44,7 @@ def test_logits_and_losses_are_those_of_transformers(case: str, results: dict[st
     assert found["deviation"] > 1
     assert found["said"] == float("-inf")  # rows that fill up are never said
     assert found["rows"] % 64 == 0
+    assert found.get("unscaled", 1) > 0.1  # where positions are scaled, that matters
     assert found["files"] > 1 if "several" in case else found["files"] == 1
 
 
@@ -64,3 +65,10 @@ def test_fused_experts_are_those_of_the_older_form(results: dict[str, Any]) -> N
     assert len(older) == 1 + 3 + 1  # base, experts, router
     assert len(set(older)) == 5
     assert newer == older
+
+
+def test_a_llava_is_a_base_and_a_connector_that_a_stage_takes(results: dict[str, Any]) -> None:
+    found = results["llava"]
+    assert found["difference"] < TOLERANCE
+    assert found["connector"] == 0  # the same weights, the same three operations
+    assert set(found["skipped"]) == {"the vision tower: encoders come from their own packages"}

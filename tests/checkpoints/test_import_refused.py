@@ -75,6 +75,61 @@ def test_what_is_left_out_has_a_reason(tmp_path: Path) -> None:
     }
 
 
+def llava() -> Model:
+    """The form of LLaVA 1.5's own files."""
+    model = Model()
+    model.config |= {
+        "model_type": "llava_llama",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+    }
+    for layer, width in ((0, 32), (2, HIDDEN)):
+        model.tensors[f"model.mm_projector.{layer}.weight"] = torch.randn(HIDDEN, width)
+        model.tensors[f"model.mm_projector.{layer}.bias"] = torch.randn(HIDDEN)
+    tower = "model.vision_tower.vision_tower.vision_model.embeddings."
+    model.tensors[tower + "position_ids"] = torch.arange(5)
+    model.tensors[tower + "class_embedding"] = torch.ones(8)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_projector_is_a_connector_beside_the_base(form: str, tmp_path: Path) -> None:
+    model = llava()
+    found = imported(model.write(tmp_path, form))
+    ((part, tensors),) = found.parts
+    assert (part.folder, part.kind) == ("connector-image", "align")
+    for layer in (0, 2):
+        for kind in ("weight", "bias"):
+            values = tensors.pop(f"connector.image.project.{layer}.{kind}").read()
+            assert torch.equal(values, model.tensors[f"model.mm_projector.{layer}.{kind}"])
+    assert not tensors
+    assert found.tensors.keys() == imported(Model().write(tmp_path / "plain")).tensors.keys()
+    assert set(found.skipped.values()) == {
+        "the vision tower: encoders come from their own packages"
+    }
+
+
+def test_a_projector_that_no_connector_can_hold_is_refused(tmp_path: Path) -> None:
+    for number, (key, value, words) in enumerate(
+        (
+            ("mm_projector_type", "linear", "its projector is linear in config.json"),
+            ("mm_hidden_size", 64, r"mm_projector.0.weight is \[64, 32\], not \[64, 64\]"),
+            ("mm_use_im_start_end", True, "mm_use_im_start_end of config.json is True"),
+            ("moe", True, "moe of config.json is True"),
+        )
+    ):
+        model = llava()
+        model.config[key] = value
+        with pytest.raises(UserError, match=words):
+            imported(model.write(tmp_path / str(number)))
+    model = llava()
+    del model.tensors["model.mm_projector.2.bias"]
+    with pytest.raises(UserError, match="model.mm_projector.2.bias is missing"):
+        imported(model.write(tmp_path / "lacking"))
+
+
 type Change = Callable[[Model], object]
 
 

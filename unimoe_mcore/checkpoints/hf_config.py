@@ -67,6 +67,8 @@ def read_config(folder: Path) -> Described:
     if not isinstance(own, dict):
         raise ValueError(f"{family.within} of {CONFIG} is no object")
     said = {**family.defaults, **own}
+    if family.within:
+        said.setdefault("tie_word_embeddings", whole.get("tie_word_embeddings"))
     facts = {key: value for key, value in said.items() if value is not None}
     _check_neutral(whole if family.within else {}, family)
     _check_neutral(facts, family)

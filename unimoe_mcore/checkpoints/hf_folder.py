@@ -133,8 +133,8 @@ def _tables(
         parts, recipe = mixture_of(language, described.whole)
         return first_expert(language), parts, {"experts": len(parts)}, recipe
     if family.projector:
-        parts, sizes = projector_of(family.projector, described.whole, tensors)
-        return rules_of(language), parts, sizes, {}
+        parts, sizes, recipe = projector_of(family.projector, described.whole, tensors)
+        return rules_of(language), parts, sizes, recipe
     return rules_of(language), [], {}, {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from unimoe_mcore.checkpoints.facts import Facts, shown, size, text
 from unimoe_mcore.checkpoints.hf_config import CONFIG
 from unimoe_mcore.checkpoints.llama import Rule
 from unimoe_mcore.checkpoints.published import Part
-from unimoe_mcore.config.towers import ConnectorConfig
+from unimoe_mcore.config.towers import ConnectorConfig, TowerConfig
 
 FOLDER = "connector-image"
 _THEIRS, _OURS = "model.mm_projector.", "connector.image.project."
@@ -33,8 +34,9 @@ PATCHES = 576
 
 def projector_of(
     form: str, facts: Facts, tensors: Mapping[str, Deferred]
-) -> tuple[list[Part], dict[str, int]]:
-    """The connector that a LLaVA's projector becomes, and the width of the features before it.
+) -> tuple[list[Part], dict[str, int], dict[str, str]]:
+    """The connector that a LLaVA's projector becomes, the width of the features before it, and
+    what a recipe must say.
 
     Args:
         form: where ``config.json`` speaks of it: ``mm`` (keys that begin with ``mm_``) or
@@ -46,7 +48,7 @@ def projector_of(
         ValueError: if it is of another kind.
     """
     if not any(name.startswith(_THEIRS) for name in tensors):
-        return [], {}
+        return [], {}, {}
     if form == "mm":
         kind = text(facts, "mm_projector_type", "linear")
         features = size(facts, "mm_hidden_size")
@@ -57,10 +59,22 @@ def projector_of(
         features = size(vision if isinstance(vision, dict) else {}, "hidden_size", 1024)
     if kind != "mlp2x_gelu":
         raise ValueError(f"its projector is {shown(kind)} in {CONFIG}, only mlp2x_gelu is known")
-    return [Part(FOLDER, "align", PROJECTOR, {"image": tower()})], {"features": features}
+    tower = _tower()
+    connector = ", ".join(
+        f"{key}: {json.dumps(value)}" for key, value in tower["connector"].items()
+    )
+    return (
+        [Part(FOLDER, "align", PROJECTOR, {"image": tower})],
+        {"features": features},
+        {
+            "model.towers.image.connector": f"{{{connector}}}",
+            "model.towers.image.frame_order": tower["frame_order"],
+            "stage.connectors.image": f"FOLDER/{FOLDER}",
+        },
+    )
 
 
-def tower() -> dict[str, Any]:
+def _tower() -> dict[str, Any]:
     """The tower as far as a projector says it: its connector, and the average over frames.
 
     The encoder is not recorded: any whose features have the projector's width can be named.
@@ -68,4 +82,4 @@ def tower() -> dict[str, Any]:
     connector = ConnectorConfig(
         name="mlp2x_gelu", input_norm=False, positions=False, stack=1, max_tokens=PATCHES
     )
-    return {"encoder": {}, "connector": asdict(connector), "frame_order": "average"}
+    return {**asdict(TowerConfig(connector=connector, frame_order="average")), "encoder": {}}

@@ -150,8 +150,11 @@ def _connector_sources(recipe: Recipe, base: Manifest) -> dict[str, Path]:
                 f"{folder} has no {tower} connector (it has {', '.join(given.towers) or 'none'}): "
                 f"name another run with stage.connectors.{tower}=FOLDER."
             )
-        if given.towers[tower] != asdict(config):
-            differing = _differing(given.towers[tower], asdict(config))
+        there, here = given.towers[tower], asdict(config)
+        if not there["encoder"]:  # a published connector: whatever has features of its width
+            there = {**there, "encoder": here["encoder"]}
+        if there != here:
+            differing = _differing(there, here)
             raise UserError(
                 f"The {tower} tower of {folder} differs from the recipe's: {differing}."
             )
