@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from data_pipeline.errors import DataError
 from tests.checkpoints.small_folders import HIDDEN, ROWS, Model
 from tests.checkpoints.small_gguf import SPECIAL
 from tests.checkpoints.small_tokenizer import tokenizer
-from unimoe_mcore.checkpoints import safetensors_file
+from unimoe_mcore.checkpoints import hf_tokenizer, safetensors_file
 from unimoe_mcore.checkpoints.hf_folder import read_folder
 from unimoe_mcore.checkpoints.importing import Imported, import_model
 from unimoe_mcore.config.errors import UserError
@@ -220,16 +222,49 @@ def test_another_model_is_refused_in_a_sentence(words: str, tmp_path: Path) -> N
     assert str(caught.value).isprintable()
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Model(tokenizer=tokenizer(("<s>", "</s>"))).write(tmp_path)
     with pytest.raises(DataError, match="structural tokens of no known chat template"):
         read_folder(folder)
     with pytest.raises(DataError, match="no chat template 'none': choose one of plain-1, chatml-1"):
         read_folder(Model().write(tmp_path), "none")
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").touch()
-    with pytest.raises(UserError, match="it has only tokenizer.model .*: make tokenizer.json"):
+    with pytest.raises(UserError, match="it has neither tokenizer.json nor tokenizer.model"):
         read_folder(folder)
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"tokenizer.model cannot be read \("):
+        read_folder(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_tokenizer, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="has only tokenizer.model: pip install sentencepiece"):
+            read_folder(folder)
+
+
+def test_a_sentencepiece_model_is_read_as_its_own_library_reads_it(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    texts = ("USER: Which bird is this? ASSISTANT: a robin", "the quick brown fox   in 1999")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    found = hf_tokenizer.read_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert found.get_vocab_size() == theirs.get_piece_size()
+    for text in (*texts, "a fox: 19 birds", "Ähre, \u4e2d"):
+        assert found.encode(text, add_special_tokens=False).ids == theirs.encode(text)
 
 
 def header(text: bytes, body: bytes = b"", length: int | None = None) -> bytes:
