@@ -21,6 +21,7 @@ from benchmarks.children import serve  # noqa: E402
 from benchmarks.language_step import timed  # noqa: E402
 from benchmarks.official_step import Habits, Hearing, OfficialModel  # noqa: E402
 from data_pipeline.conversation.template import Rendered  # noqa: E402
+from data_pipeline.planning.tower_rule import medium_tokens  # noqa: E402
 from data_pipeline.reading.collate import collate  # noqa: E402
 from data_pipeline.reading.medium import Medium  # noqa: E402
 from data_pipeline.reading.prepare import SAMPLES_PER_FEATURE  # noqa: E402
@@ -28,7 +29,7 @@ from data_pipeline.reading.sample import Sample  # noqa: E402
 from unimoe_mcore.checkpoints.sources import Sources  # noqa: E402
 from unimoe_mcore.config.composition import compose_recipe  # noqa: E402
 from unimoe_mcore.config.recipe import Recipe  # noqa: E402
-from unimoe_mcore.config.towers import TowerConfig, medium_tokens, sound_features  # noqa: E402
+from unimoe_mcore.config.towers import TowerConfig, sound_features  # noqa: E402
 from unimoe_mcore.model.initialise import initial_value  # noqa: E402
 from unimoe_mcore.model.towers.encoders import build_encoder  # noqa: E402
 from unimoe_mcore.model.towers.feature_cache import FeatureCache  # noqa: E402

@@ -20,8 +20,9 @@ from webdataset import TarWriter
 from benchmarks.decoders import RATE, photo, voice
 from data_pipeline.build import index_folder
 from data_pipeline.conversation.tokenizer import TextTokenizer
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.shards.schema import PLACEHOLDERS, MediumRef, Sample, Turn
-from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig, TowerRule
+from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig
 
 SAMPLES = 4000
 SHARDS = 16

@@ -10,8 +10,9 @@ from pathlib import Path
 from benchmarks.reading_set import ENCODERS, RULE, TOKENIZER
 from data_pipeline.conversation.template import render
 from data_pipeline.conversation.tokenizer import TextTokenizer
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.reading.collate import MicroBatch, collate
-from data_pipeline.reading.medium import MODALITIES, Medium
+from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.prepare import SAMPLES_PER_FEATURE, prepare
 from data_pipeline.reading.sample import Sample
 from unimoe_mcore.config.towers import connector_tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.catalogue import Catalogue
 from data_pipeline.planning.cost import CostModel
-from data_pipeline.reading.medium import MODALITIES
 
 SHARES = {
     "text": 0.40,

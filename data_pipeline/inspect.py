@@ -25,7 +25,9 @@ from data_pipeline.inspection.panels import length_panels, token_panels
 from data_pipeline.inspection.samples import glance, sources_of
 from data_pipeline.inspection.tables import contents_parts, outlook_parts, show
 from data_pipeline.inspection.texts import CHARACTERS_PER_TOKEN
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.planning.cost import CostModel
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.reading.remote import ShardStore, open_set
 from data_pipeline.reading.transfer import shown
@@ -33,7 +35,6 @@ from data_pipeline.shards.index import Manifest
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import TowerRule, tower_modalities
 
 _CACHE = Path("cache")  # for the indexes of a set that is elsewhere; as webdatasets.py has it
 _TOKENIZER = "tokenizer.json"

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import load_manifest
 from tests.workspace import build_data, overrides
 from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import tower_modalities
 from unimoe_mcore.encode import BATCH, Share, encode_share
 
 

@@ -22,20 +22,16 @@ import torch  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from data_pipeline.conversation.template import Rendered  # noqa: E402
+from data_pipeline.modalities import MODALITIES, modality, tower_modalities  # noqa: E402
 from data_pipeline.planning.cost import CostModel  # noqa: E402
 from data_pipeline.reading.collate import MicroBatch, collate  # noqa: E402
-from data_pipeline.reading.medium import MODALITIES, Medium  # noqa: E402
-from data_pipeline.reading.prepare import SAMPLES_PER_FEATURE, picture_side  # noqa: E402
+from data_pipeline.reading.medium import Medium  # noqa: E402
 from data_pipeline.reading.sample import Sample  # noqa: E402
 from unimoe_mcore.compose import speak  # noqa: E402
 from unimoe_mcore.config.composition import compose_recipe  # noqa: E402
 from unimoe_mcore.config.parallel import ParallelConfig  # noqa: E402
 from unimoe_mcore.config.recipe import Recipe  # noqa: E402
-from unimoe_mcore.config.towers import (  # noqa: E402
-    FEATURES_PER_SECOND,
-    EncoderConfig,
-    tower_modalities,
-)
+from unimoe_mcore.config.towers import EncoderConfig  # noqa: E402
 from unimoe_mcore.model.build import build_model  # noqa: E402
 from unimoe_mcore.model.parts import train_only  # noqa: E402
 from unimoe_mcore.model.towers.encoders import build_encoder  # noqa: E402
@@ -48,7 +44,8 @@ from unimoe_mcore.runtime.run_directory import machine  # noqa: E402
 ROUNDS = 5
 TOKENS = 2048
 """Tokens of the rows that are timed."""
-_PICTURES, _SECONDS = 16, 10
+_WORK = 16
+"""Pictures, frames or seconds of sound that an encoder is timed with, about."""
 
 
 def calibrate(recipe: Recipe) -> CostModel:
@@ -58,9 +55,9 @@ def calibrate(recipe: Recipe) -> CostModel:
     try:
         linear, quadratic = _language(recipe, collection)
         encoder = {
-            modality: _encoder(tower.encoder, modality)
+            each: _encoder(tower.encoder, each)
             for name, tower in recipe.model.towers.items()
-            for modality in tower_modalities(name)
+            for each in tower_modalities(name)
         }
     finally:
         groups.destroy()
@@ -106,20 +103,14 @@ def _row(length: int, count: int, vocabulary: int) -> MicroBatch:
     return collate(samples, 0, 1).to(device())
 
 
-def _encoder(config: EncoderConfig, modality: str) -> float:
-    """Seconds per picture, frame, or second of sound."""
+def _encoder(config: EncoderConfig, name: str) -> float:
+    """Seconds per unit of a modality's work: a picture, a frame, a second of sound."""
     encoder = build_encoder(config)
     rng = np.random.Generator(np.random.PCG64(0))
-    side = picture_side(config)
-    if modality in ("image", "video"):
-        pictures = rng.integers(0, 256, (_PICTURES, side, side, 3), dtype=np.uint8)
-        media = [Medium("image", b"", "calibration", content=each) for each in pictures]
-        return _median(lambda: encoder.encode(media)) / _PICTURES
-    seconds = min(_SECONDS, config.max_seconds)
-    features = int(seconds * FEATURES_PER_SECOND)
-    wave = rng.normal(0, 0.1, features * SAMPLES_PER_FEATURE).astype(np.float32)
-    medium = Medium(modality, b"", "calibration", content=wave)
-    return _median(lambda: encoder.encode([medium])) / seconds
+    content, duration_ms = modality(name).made(config, rng)
+    work = modality(name).work(config, duration_ms)
+    media = [Medium(name, b"", "calibration", content)] * max(1, round(_WORK / work))
+    return _median(lambda: encoder.encode(media)) / (len(media) * work)
 
 
 def _median(work: Callable[[], object]) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_pipeline.errors import DataError
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.reading.decode import BrokenMediumError
 from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.prepare import prepare
@@ -32,7 +33,7 @@ from unimoe_mcore.config.composition import compose_recipe
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.stage import trains
-from unimoe_mcore.config.towers import EncoderConfig, tower_modalities
+from unimoe_mcore.config.towers import EncoderConfig
 from unimoe_mcore.runtime.parent import DIE_WITH_PARENT, die_with_parent
 
 BATCH = 32

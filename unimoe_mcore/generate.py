@@ -18,7 +18,7 @@ from unimoe_mcore.runtime.parent import die_with_parent
 
 die_with_parent()  # before torch, whose import takes seconds
 
-from data_pipeline.reading.medium import MODALITIES  # noqa: E402
+from data_pipeline.modalities import MODALITIES, modality  # noqa: E402
 from unimoe_mcore.compose import speak  # noqa: E402
 from unimoe_mcore.config.errors import UserError  # noqa: E402
 from unimoe_mcore.generation.asked_run import AskedRun, open_run  # noqa: E402
@@ -60,14 +60,12 @@ def _parser() -> Parser:
     parser = Parser("python -m unimoe_mcore.generate", description=__doc__)
     add_model_options(parser)
     parser.add_argument("question", help="may hold <image>, <video>, <speech>, <audio>")
-    for modality in MODALITIES:
-        about = {"audio": "a sound that is not speech", "speech": "a recording of speech"}
+    for name in MODALITIES:
         parser.add_argument(
-            f"--{modality}",
+            f"--{name}",
             action=_Attach,
             metavar="FILE",
-            help=about.get(modality, f"{'an' if modality == 'image' else 'a'} {modality}")
-            + "; may be given again",
+            help=f"{modality(name).about}; may be given again",
         )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of the answer")
     parser.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 
 _MARKER = re.compile("(" + "|".join(f"<{m}>" for m in MODALITIES) + ")")
 
@@ -55,6 +55,8 @@ def render(
     for token, learned in _walk_learned(conversations, tokenizer):
         if isinstance(token, _MarkerOf):
             modality = token.modality
+            if modality not in tokenizer.markers:
+                raise DataError(f"the base's tokenizer is older than <{modality}>: make another")
             have = media_tokens.get(modality, ())
             if used[modality] >= len(have):
                 raise DataError(f"more <{modality}> markers than media ({len(have)})")

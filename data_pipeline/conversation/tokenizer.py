@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.conversation.templates import PLAIN, TEMPLATES, ChatTemplate
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import FIRST, MODALITIES
 
 MARKERS = tuple(f"<{modality}>" for modality in MODALITIES)
+_NEEDED = tuple(f"<{modality}>" for modality in FIRST)
+"""A tokenizer older than another modality lacks that one's."""
 
 
 class TextTokenizer:
@@ -28,7 +30,7 @@ class TextTokenizer:
         end: id of the token that ends an answer.
         begin: ids before the first turn.
         before_question, after_question, between: ids around questions (``ChatTemplate``).
-        markers: id of each modality's marker.
+        markers: id of each modality's marker; a tokenizer that is older than a modality has none.
     """
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
@@ -41,7 +43,8 @@ class TextTokenizer:
         self.before_question = self._structure(self.template.before_question)
         self.after_question = self._structure(self.template.after_question)
         self.between = self._structure(self.template.between)
-        self.markers = {modality: self._id(f"<{modality}>") for modality in MODALITIES}
+        ids = {modality: tokenizer.token_to_id(f"<{modality}>") for modality in MODALITIES}
+        self.markers = {name: number for name, number in ids.items() if number is not None}
         self._structural = {*map(self._id, self.template.special), *self.markers.values()}
 
     def _id(self, token: str) -> int:
@@ -125,7 +128,7 @@ def _template(tokenizer: Tokenizer, origin: str) -> ChatTemplate:
     """
     lacking = {
         template.name: [
-            token for token in (*template.special, *MARKERS) if tokenizer.token_to_id(token) is None
+            token for token in (*template.special, *_NEEDED) if tokenizer.token_to_id(token) is None
         ]
         for template in TEMPLATES
     }

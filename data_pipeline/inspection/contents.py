@@ -10,8 +10,8 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.inspection.texts import Texts, characters, read_texts
+from data_pipeline.modalities import MODALITIES, modality
 from data_pipeline.progress import progress
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import SPLITS, DatasetFacts, Manifest, ShardIndex
 from data_pipeline.shards.schema import MIXED, combination_of
@@ -20,8 +20,7 @@ MEASURES = {
     "text": "characters",
     "video": "seconds",
     "frames": "frames",
-    "speech": "seconds",
-    "audio": "seconds",
+    **{name: "seconds" for name in MODALITIES if name != "video" and modality(name).length},
 }
 """What has a length, in the order shown, and the length's unit."""
 
@@ -238,28 +237,28 @@ class _Part:
         group.mixed += mixed
         sizes = (columns["json_size"][self.samples], columns["size"][self.media])
         group.bytes += sum(int(size.sum(dtype=np.uint64)) for size in sizes)
-        for modality, chosen in self._by_modality():
-            group.media[modality] = group.media.get(modality, 0) + int(chosen.sum())
-            if modality != "image":
+        for name, chosen in self._by_modality():
+            group.media[name] = group.media.get(name, 0) + int(chosen.sum())
+            if modality(name).length is not None:
                 group.headless += int((columns["duration_ms"][chosen] == 0).sum())
 
     def lengths(self) -> Iterator[tuple[str, np.ndarray]]:
         """Known lengths of its media by measure: seconds float32, frames uint32."""
         columns = self.shard.columns
-        for modality, chosen in self._by_modality():
-            if modality == "image":
+        for name, chosen in self._by_modality():
+            if modality(name).length is None:
                 continue
             known = chosen & (columns["duration_ms"] > 0)
-            yield modality, (columns["duration_ms"][known] / 1000).astype(np.float32)
-            if modality == "video":
+            yield name, (columns["duration_ms"][known] / 1000).astype(np.float32)
+            if name == "video":
                 yield "frames", columns["frames"][known]
 
     def _by_modality(self) -> Iterator[tuple[str, np.ndarray]]:
         code = self.shard.columns["modality"]
-        for number, modality in enumerate(self.shard.modalities):
+        for number, name in enumerate(self.shard.modalities):
             chosen = self.media & (code == number)
             if chosen.any():
-                yield modality, chosen
+                yield name, chosen
 
 
 def _parts(shard: ShardIndex) -> tuple[np.ndarray, list[_Part]]:
@@ -269,8 +268,8 @@ def _parts(shard: ShardIndex) -> tuple[np.ndarray, list[_Part]]:
     ends = columns["media_end"].astype(np.int64)
     owner = np.repeat(np.arange(samples), np.diff(ends, prepend=0))
     code = np.zeros(samples, np.uint8)
-    for number, modality in enumerate(shard.modalities):
-        code[owner[columns["modality"] == number]] |= 1 << MODALITIES.index(modality)
+    for number, name in enumerate(shard.modalities):
+        code[owner[columns["modality"] == number]] |= 1 << MODALITIES.index(name)
     parts = [
         _Part(shard, _name(int(each)), code == each, code[owner] == each)
         for each in np.unique(code)

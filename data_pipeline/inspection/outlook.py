@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.inspection.contents import few_modalities_first
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.catalogue import Catalogue
 from data_pipeline.planning.cost import CostModel
 from data_pipeline.planning.dealer import Dealer
@@ -16,7 +17,6 @@ from data_pipeline.planning.dealing import Ranks
 from data_pipeline.planning.permutation import Shuffle
 from data_pipeline.planning.plan import GlobalPlan, Mixture
 from data_pipeline.planning.timeline import Timeline
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.shards.schema import MIXED
 from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.recipe import Recipe

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.inspection.contents import Contents, Group, few_modalities_first
+from data_pipeline.inspection.contents import MEASURES, Contents, Group, few_modalities_first
 from data_pipeline.inspection.figure import Panel, Series
 from data_pipeline.inspection.outlook import Phase
 from data_pipeline.planning.catalogue import Catalogue
 
 _NAMES = {
-    "text": "characters",
-    "video": "seconds of video",
-    "frames": "frames of video",
-    "speech": "seconds of speech",
-    "audio": "seconds of audio",
-}
+    measure: "frames of video" if measure == "frames" else f"{unit} of {measure}"
+    for measure, unit in MEASURES.items()
+} | {"text": "characters"}
 
 
 def length_panels(contents: Contents) -> list[Panel]:

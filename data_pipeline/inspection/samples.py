@@ -14,9 +14,9 @@ from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.inspection.contents import MANY_SHARDS
 from data_pipeline.inspection.texts import read_texts, token_counter
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.catalogue import MOST_TOKENS, Catalogue, MediaRule, media_facts
 from data_pipeline.progress import progress
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest, ShardIndex
 

@@ -11,19 +11,12 @@ from rich.text import Text
 
 from data_pipeline.inspection.contents import MEASURES, Contents, Group, summary_of
 from data_pipeline.inspection.outlook import Drawn, Layout, Outlook, Phase
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES, modality
 from data_pipeline.reading.transfer import shown
 from data_pipeline.shards.index import Manifest
 
 WIDTH = 100
 """Most characters of a line."""
-
-_WORK = {
-    "image": "pictures",
-    "video": "frames of video",
-    "speech": "s of speech",
-    "audio": "s of audio",
-}
 
 
 def show(parts: Iterable[RenderableType]) -> None:
@@ -90,11 +83,11 @@ def _split_table(contents: Contents, split: str) -> Iterator[RenderableType]:
     yield table
 
 
-def _media(group: Group, modality: str) -> str:
-    words = f"{group.media[modality]:,} {modality}"
-    if modality != "image":
-        words += f", {_seconds(group.total(modality))}"
-    if modality == "video":
+def _media(group: Group, name: str) -> str:
+    words = f"{group.media[name]:,} {name}"
+    if modality(name).length is not None:
+        words += f", {_seconds(group.total(name))}"
+    if name == "video":
         words += f", {int(group.total('frames')):,} frames"
     return words
 
@@ -207,7 +200,7 @@ def _encoders_table(phase: Phase) -> Iterator[RenderableType]:
     if priced:
         title += f" (in all {phase.encoders:.1%} of all work, by the recipe's costs)"
     yield Text(title, "bold")
-    columns = [_WORK[modality] for modality in present]
+    columns = [modality(name).unit for name in present]
     table = _table("dataset", *columns, *(["of their work"] if priced else []))
     for each in phase.drawn:
         if not each.work:

@@ -20,9 +20,9 @@ from filelock import FileLock
 from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.plan import Draws, Source
 from data_pipeline.progress import progress
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex, load_index
 

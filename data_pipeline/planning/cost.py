@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 
 UNITS_PER_TOKEN = 256
 _MOST_UNITS = 2**28  # of one sample: sums and products of a step's then stay exact in 64 bits

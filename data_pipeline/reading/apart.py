@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_pipeline.reading.decode import probe_sound
+from data_pipeline.modalities import modality
 from data_pipeline.reading.limits import BROKEN, LARGE, LIMITS, BrokenMediumError, DecodeLimits
 from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.pictures import moves
@@ -174,8 +174,8 @@ def _decode(
     """What to say of a medium, and its array."""
     try:
         content = prepare(medium, encoder, limits)
-        sound = medium.modality in ("speech", "audio")
-        duration_ms = probe_sound(medium, limits).duration_ms if sound else 0
+        length = modality(medium.modality).length
+        duration_ms = length(medium, limits).duration_ms if length is not None else 0
     except BrokenMediumError as error:
         return {"reason": error.reason, "kind": error.kind}, b""
     file = io.BytesIO()

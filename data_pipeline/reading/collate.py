@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.load import Load
-from data_pipeline.reading.medium import MODALITIES, Medium
+from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.sample import GROUPS, Sample
 
 

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.modalities import modality
 from data_pipeline.reading.medium import Medium
 
 
 def feature_path(folder: Path, medium: Medium) -> Path:
     """The file that holds, or would hold, a medium's features in the folder of their encoder.
 
-    Videos have an ending of their own: one file may serve as picture and as video.
+    What another modality's tower takes has an ending of its own: one file may serve as picture and
+    as video.
     """
-    ending = ".video.npy" if medium.modality == "video" else ".npy"
+    ending = f".{medium.modality}.npy" if modality(medium.modality).tower else ".npy"
     return folder / medium.digest[:2] / (medium.digest + ending)
 
 

@@ -10,9 +10,6 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-MODALITIES = ("image", "video", "speech", "audio")
-"""Every modality but text, in the order in which combinations are named."""
-
 
 @dataclass(frozen=True)
 class Medium:
@@ -22,7 +19,7 @@ class Medium:
     sample or, if nobody did, by the encoder.
 
     Attributes:
-        modality: one of ``MODALITIES``.
+        modality: one of ``data_pipeline.modalities.MODALITIES``.
         data: the file's bytes as they lie in the shard.
         source: ``shard.tar:member``, for messages.
         content: what the encoder is fed, see ``prepare``; None where it is not decoded yet.

@@ -9,14 +9,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from data_pipeline.reading.decode import (
-    LIMITS,
-    DecodeLimits,
-    decode_image,
-    decode_sound,
-    decode_video,
-    probe_sound,
-)
+from data_pipeline.modalities import modality
+from data_pipeline.reading.decode import LIMITS, DecodeLimits, decode_sound, probe_sound
 from data_pipeline.reading.medium import Medium
 from unimoe_mcore.config.towers import FEATURES_PER_SECOND, EncoderConfig, sound_features
 
@@ -30,44 +24,40 @@ FIXED_SIDES = {"random_image": 16}
 """Side of the square, pixels, that an encoder sees whatever ``resolution`` says, by its name."""
 
 
+def prepare(medium: Medium, encoder: EncoderConfig, limits: DecodeLimits = LIMITS) -> np.ndarray:
+    """Decode a medium for an encoder.
+
+    Returns:
+        What its modality says; of the first ones: for an image uint8 ``[side, side, 3]``
+        (antialiased bilinear); for a video uint8 ``[frames, side, side, 3]``; for speech and audio
+        ``waveform``.
+
+    Raises:
+        BrokenMediumError: the medium cannot be decoded, or not within the limits.
+    """
+    return modality(medium.modality).prepare(medium, encoder, limits)
+
+
 def picture_side(encoder: EncoderConfig) -> int:
     """Side of the square that each picture is resized to, pixels."""
     return FIXED_SIDES.get(encoder.name, encoder.resolution)
 
 
-def prepare(medium: Medium, encoder: EncoderConfig, limits: DecodeLimits = LIMITS) -> np.ndarray:
-    """Decode a medium for an encoder.
-
-    Returns:
-        For an image uint8 ``[side, side, 3]`` (antialiased bilinear); for a video uint8
-        ``[frames, side, side, 3]``; for speech and audio float32 ``[features * 320]`` at 16 kHz,
-        with silence up to the ``sound_features(duration_ms, encoder)`` features promised.
-
-    Raises:
-        BrokenMediumError: the medium cannot be decoded, or not within the limits.
-    """
+def square(picture: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
+    """A picture in the encoder's size, uint8 ``[side, side, 3]``."""
     side = picture_side(encoder)
-    if medium.modality == "image":
-        return _square(decode_image(medium, limits.max_pixels, limits.max_bytes), side)
-    if medium.modality == "video":
-        frames = decode_video(
-            medium,
-            encoder.frames,
-            limits.max_frame_pixels,
-            limits.max_frames,
-            limits.max_packets,
-            limits.max_bytes,
-        )
-        return np.stack([_square(frame, side) for frame in frames])
-    return _waveform(medium, encoder, limits)
-
-
-def _square(picture: np.ndarray, side: int) -> np.ndarray:
     resized = Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
-def _waveform(medium: Medium, encoder: EncoderConfig, limits: DecodeLimits) -> np.ndarray:
+def waveform(medium: Medium, encoder: EncoderConfig, limits: DecodeLimits) -> np.ndarray:
+    """Sound, float32 ``[features * 320]`` at 16 kHz, with silence up to the features promised.
+
+    They are ``sound_features(duration_ms, encoder)``.
+
+    Raises:
+        BrokenMediumError: it cannot be decoded.
+    """
     features = sound_features(probe_sound(medium, limits).duration_ms, encoder)
     length = features * SAMPLES_PER_FEATURE
     samples = decode_sound(medium, encoder.max_seconds, RATE, limits)[:length]

@@ -12,21 +12,20 @@ from tokenizers import Tokenizer
 from data_pipeline.conversation.template import Rendered, render
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.modalities import MODALITIES, modality
 from data_pipeline.planning.catalogue import Catalogue, MediaRule
-from data_pipeline.reading.decode import LIMITS, BrokenMediumError, DecodeLimits, probe_sound
+from data_pipeline.reading.decode import LIMITS, BrokenMediumError, DecodeLimits
 from data_pipeline.reading.features import feature_path, stored_features
-from data_pipeline.reading.medium import MODALITIES, Medium
-from data_pipeline.reading.prepare import SAMPLES_PER_FEATURE, prepare
+from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.prepare import prepare
 from data_pipeline.reading.records import DamagedSampleError, RecordReader, parse_record
 from data_pipeline.reading.sample import BrokenSample, Sample
 from data_pipeline.shards.index import MediumIndex, SampleIndex, ShardIndex
 from data_pipeline.shards.schema import MAX_MEDIUM_BYTES, MAX_RECORD_BYTES
-from unimoe_mcore.config.towers import EncoderConfig, sound_features
+from unimoe_mcore.config.towers import EncoderConfig
 
 if TYPE_CHECKING:
     from data_pipeline.reading.remote import ShardStore
-
-_SOUNDS = ("speech", "audio")
 
 
 @dataclass(frozen=True)
@@ -192,22 +191,21 @@ class SampleReader:
                 self._require_planned(medium, facts, encoder, found)
                 return medium
         content = prepare(medium, encoder, self.job.limits)
-        self._require_planned(medium, facts, encoder, len(content) // SAMPLES_PER_FEATURE)
+        features = modality(medium.modality).features
+        if features is not None:
+            self._require_planned(medium, facts, encoder, features(content))
         return medium.with_content(content)
 
     def _require_planned(
         self, medium: Medium, facts: MediumIndex, encoder: EncoderConfig, features: int
     ) -> None:
-        """Refuse a recording that yields other tokens than the plan counted from the index.
-
-        Only the number of features of sounds depends on the medium.
-        """
-        if medium.modality not in _SOUNDS:
-            return
-        if features == sound_features(facts.duration_ms, encoder):
+        """Refuse a recording that yields other tokens than the plan counted from the index."""
+        kind = modality(medium.modality)
+        if kind.promised is None or features == kind.promised(encoder, facts.duration_ms):
             return
         # Another length, but it may still become as many tokens.
-        duration_ms = probe_sound(medium, self.job.limits).duration_ms
+        assert kind.length is not None
+        duration_ms = kind.length(medium, self.job.limits).duration_ms
         tokens, planned = (
             self.job.rule.tokens(medium.modality, length)
             for length in (duration_ms, facts.duration_ms)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data_pipeline.conversation.template import Rendered
-from data_pipeline.reading.medium import MODALITIES, Medium
+from data_pipeline.modalities import MODALITIES
+from data_pipeline.reading.medium import Medium
 
 GROUPS = (*MODALITIES, "text")
 """What losses and routing are reported by: a sample's first modality, or text."""

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.shards.schema import (
     DATASET_NAME,
     KEY_CHARACTERS,

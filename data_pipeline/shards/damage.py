@@ -10,6 +10,7 @@ from typing import IO
 
 import numpy as np
 
+from data_pipeline.modalities import modality
 from data_pipeline.shards.index import SampleIndex, ShardIndex
 from data_pipeline.shards.tar import BLOCK
 
@@ -72,7 +73,7 @@ def member_damage(shard: ShardIndex) -> Iterator[str]:
 def empty_media(shard: ShardIndex) -> Iterator[str]:
     """Tell which media can never be decoded, by the index alone."""
     columns = shard.columns
-    still = np.array([name == "image" for name in shard.modalities], dtype=bool)
+    still = np.array([modality(name).length is None for name in shard.modalities], dtype=bool)
     length = still[columns["modality"]] | (columns["duration_ms"] > 0) if len(still) else []
     bad = np.flatnonzero((columns["size"] == 0) | ~np.asarray(length, dtype=bool))
     owners = np.searchsorted(columns["media_end"], bad, side="right")

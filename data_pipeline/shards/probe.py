@@ -6,24 +6,24 @@ the plan makes place for the features that the encoder will count from the same 
 
 from __future__ import annotations
 
-from data_pipeline.reading.decode import BrokenMediumError, probe_sound, probe_video
+from data_pipeline.modalities import modality
+from data_pipeline.reading.decode import LIMITS, BrokenMediumError
 from data_pipeline.reading.medium import Medium
 
 _NAMELESS = "a medium"  # a broken one is not reported here, so that its name is not needed
 
 
-def media_length(modality: str, data: bytes) -> tuple[int, int]:
-    """Length in milliseconds, rounded, and number of frames of a medium.
+def media_length(name: str, data: bytes) -> tuple[int, int]:
+    """Length in milliseconds, rounded, and number of frames of a medium of a modality.
 
-    Both are 0 for pictures and for what the decoder refuses before it decodes; a sound has no
-    frames.
+    Both are 0 for what does not last and for what the decoder refuses before it decodes; only
+    clips have frames.
     """
+    probe = modality(name).length
+    if probe is None:
+        return 0, 0
     try:
-        if modality == "video":
-            video = probe_video(Medium("video", data, _NAMELESS))
-            return video.duration_ms, video.frames
-        if modality != "image":
-            return probe_sound(Medium(modality, data, _NAMELESS)).duration_ms, 0
+        found = probe(Medium(name, data, _NAMELESS), LIMITS)
     except BrokenMediumError:
-        pass
-    return 0, 0
+        return 0, 0
+    return found.duration_ms, found.frames

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 
 HUMAN, ASSISTANT = "human", "gpt"
 PLACEHOLDERS = {modality: f"<{modality}>" for modality in MODALITIES}

@@ -23,6 +23,7 @@ from data_pipeline.planning.dealing import Ranks
 from data_pipeline.planning.permutation import Shuffle
 from data_pipeline.planning.plan import Mixture
 from data_pipeline.planning.timeline import PlanState, Timeline
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.loader import ReadStep, StepLoader
 from data_pipeline.reading.pool import ReaderPool
 from data_pipeline.reading.quarantine import Quarantine
@@ -30,7 +31,6 @@ from data_pipeline.reading.reader import ReadingJob
 from data_pipeline.shards.index import load_manifest
 from tests.workspace import DATASETS, overrides
 from unimoe_mcore.config.composition import compose_recipe
-from unimoe_mcore.config.towers import TowerRule
 
 STEPS = 14
 CAPACITY = 96

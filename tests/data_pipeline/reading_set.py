@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.planning.catalogue import Catalogue, open_catalogue
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.reader import ReadingJob
 from data_pipeline.reading.sample import BrokenSample, Sample
 from data_pipeline.shards import schema
@@ -24,7 +25,7 @@ from data_pipeline.shards.index import index_path, load_manifest
 from data_pipeline.shards.integrity import write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from tests.media import clip, picture, sound
-from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig, TowerRule
+from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig
 
 EACH = {"pic": 8, "clip": 3, "talk": 8, "hum": 4, "plain": 4}
 """Samples of each dataset; their keys are ``pic-0`` and so on."""

@@ -19,10 +19,10 @@ from benchmarks.synthetic import write_catalogue
 from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning import catalogue as catalogue_module
 from data_pipeline.planning.catalogue import Catalogue, open_catalogue
 from data_pipeline.planning.plan import GlobalPlan, Mixture
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import index_path, load_manifest
 from data_pipeline.shards.integrity import write_manifest

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import pytest
 
 from data_pipeline.errors import DataError
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.in_progress import left_in_progress
 from data_pipeline.reading.pool import ReaderPool, _readable
 from data_pipeline.reading.reader import ReadingJob, SampleReader
@@ -22,7 +23,6 @@ from data_pipeline.reading.sample import BrokenSample, Sample
 from data_pipeline.reading.watch import NOWHERE
 from data_pipeline.shards.index import ShardIndex
 from tests.data_pipeline.reading_set import ROWS, RULE, job, open_set, row, same, tasks, trap, write
-from unimoe_mcore.config.towers import TowerRule
 
 LONG = 60.0
 """Seconds for a sample, more than any takes."""

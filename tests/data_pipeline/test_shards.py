@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.shards import columns
 from data_pipeline.shards.columns import COLUMNS
 from data_pipeline.shards.index import MOST_MAPPED, index_path, load_index

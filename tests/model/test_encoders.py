@@ -9,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from data_pipeline.planning.tower_rule import medium_tokens
 from data_pipeline.reading.decode import BrokenMediumError, probe_sound
 from tests.media import clip, medium, picture, sound
 from unimoe_mcore.config.errors import UserError
-from unimoe_mcore.config.towers import (
-    ConnectorConfig,
-    EncoderConfig,
-    TowerConfig,
-    medium_tokens,
-    sound_features,
-)
+from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig, sound_features
 from unimoe_mcore.model.towers.encoders import Encoder, build_encoder, register_encoder
 from unimoe_mcore.model.towers.encoders import efficientnet as efficientnet_module
 from unimoe_mcore.model.towers.encoders import whisper as whisper_module

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from unimoe_mcore.config.errors import UserError
 
@@ -128,73 +126,3 @@ def connector_tokens(connector: ConnectorConfig, features: int) -> int:
     if connector.name == "learned_query":
         return connector.queries
     return min(math.ceil(features / connector.stack), connector.max_tokens)
-
-
-def medium_tokens(tower: TowerConfig, modality: str, duration_ms: int) -> int:
-    """Language-model tokens that one medium becomes, from facts alone: nothing is decoded.
-
-    Args:
-        tower: the tower that the medium enters.
-        modality: ``image``, ``video``, ``speech`` or ``audio``.
-        duration_ms: length of a recording in milliseconds; of no meaning for pictures and videos,
-            whose number of tokens is fixed by the configuration.
-
-    Raises:
-        UserError: the modality is unknown, or the tower's encoder does not read it.
-    """
-    encoder, connector = tower.encoder, tower.connector
-    if modality == "image" or (modality == "video" and tower.frame_order == "average"):
-        return connector_tokens(connector, picture_cells(encoder))
-    if modality == "video":
-        return encoder.frames
-    if modality in ("speech", "audio"):
-        return connector_tokens(connector, sound_features(duration_ms, encoder))
-    raise UserError(
-        f"The modality '{modality}' enters no tower; use image, video, speech or audio."
-    )
-
-
-def tower_modalities(name: str) -> tuple[str, ...]:
-    """Modalities that the tower called ``name`` takes: its own, and the image tower also video."""
-    return ("image", "video") if name == "image" else (name,)
-
-
-@dataclass(frozen=True)
-class TowerRule:
-    """How media become language-model tokens and encoder work, given a model's towers.
-
-    Attributes:
-        towers: tower name -> its configuration.
-    """
-
-    towers: Mapping[str, TowerConfig]
-
-    @property
-    def name(self) -> str:
-        """Equal for equal rules: what their results are cached under."""
-        facts = {name: asdict(tower) for name, tower in self.towers.items()}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def tower(self, modality: str) -> TowerConfig:
-        """The tower that takes a modality.
-
-        Raises:
-            UserError: there is none.
-        """
-        for name, tower in self.towers.items():
-            if modality in tower_modalities(name):
-                return tower
-        raise UserError(f"No tower of model.towers takes {modality}.")
-
-    def tokens(self, modality: str, duration_ms: int) -> int:
-        """Language-model tokens of a medium."""
-        return medium_tokens(self.tower(modality), modality, duration_ms)
-
-    def work(self, modality: str, duration_ms: int) -> float:
-        """What its encoder computes: 1 picture, frames of a video, or seconds of sound."""
-        encoder = self.tower(modality).encoder
-        if modality == "image":
-            return 1.0
-        if modality == "video":
-            return float(encoder.frames)
-        return sound_features(duration_ms, encoder) / FEATURES_PER_SECOND

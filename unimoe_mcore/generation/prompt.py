@@ -15,13 +15,15 @@ from pathlib import Path
 
 from data_pipeline.conversation.template import Rendered, render
 from data_pipeline.conversation.tokenizer import MARKERS
+from data_pipeline.modalities import MODALITIES, tower_modalities
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.apart import Decoded, decode_apart
 from data_pipeline.reading.limits import BrokenMediumError, DecodeLimits
-from data_pipeline.reading.medium import MODALITIES, Medium
+from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.sample import Sample
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import EncoderConfig, TowerRule, tower_modalities
+from unimoe_mcore.config.towers import EncoderConfig
 from unimoe_mcore.generation.asked_run import AskedRun
 
 MOST_MEDIA = 16

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from data_pipeline.reading.preview import Preview
+
 
 @dataclass(frozen=True)
 class Strong:
@@ -92,25 +94,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Media:
-    """A medium to look at or listen to.
-
-    Attributes:
-        kind: ``picture`` or ``sound``.
-        mime: its type, such as ``image/jpeg``.
-        ending: of a file's name.
-        data: the file's bytes.
-        words: what it is.
-    """
-
-    kind: str
-    mime: str
-    ending: str
-    data: bytes
-    words: str
-
-
-@dataclass(frozen=True)
 class Answer:
     """What a run says to a question."""
 
@@ -132,7 +115,7 @@ class Example:
     question: str
     right: str
     answers: Sequence[Answer]
-    media: Sequence[Media] = ()
+    media: Sequence[Preview] = ()
     notes: Sequence[str] = ()
 
 

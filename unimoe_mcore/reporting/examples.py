@@ -1,27 +1,22 @@
-"""Some questions with their media, right and wrong answers: chosen, read, made small.
-
-All bytes are re-encoded: what a shard holds never gets into a page as it is.
-"""
+"""Some questions with their media, right and wrong answers: chosen, read, made small."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.decode import decode_image, decode_sound, decode_video
+from data_pipeline.modalities import modality
 from data_pipeline.reading.medium import Medium
+from data_pipeline.reading.preview import Preview
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.columns import SampleIndex
 from data_pipeline.shards.index import Manifest, ShardIndex
 from data_pipeline.shards.schema import ASSISTANT, HUMAN, parse_sample
-from unimoe_mcore.reporting.document import Answer, Example, Media
+from unimoe_mcore.reporting.document import Answer, Example
 from unimoe_mcore.reporting.results import Key, Results, in_order
 
 MOST = 10
@@ -32,11 +27,6 @@ MOST_BYTES = 64 * 2**20
 """Largest medium that is looked at, bytes."""
 MOST_CHARACTERS = 600
 """Of a question or an answer."""
-PICTURE, FRAME = 240, 120
-"""Longer side of a picture, and of a frame of a clip, pixels."""
-FRAMES = 4
-SECONDS, RATE = 10.0, 16_000
-"""Longest sound, and its sampling rate, Hz."""
 
 
 def choose(results: Results, most: int = MOST) -> list[dict[str, Any]]:
@@ -137,36 +127,16 @@ def _row(shard: ShardIndex, key: bytes) -> int | None:
     return None
 
 
-def show(medium: Medium) -> Media:
-    """A medium made small: a picture, some frames of a clip side by side, or a sound.
+def show(medium: Medium) -> Preview:
+    """A medium made small.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: it cannot be decoded, or its modality has nothing to show.
     """
-    if medium.modality == "image":
-        return _jpeg(_shrunk(decode_image(medium), PICTURE), "a picture")
-    if medium.modality == "video":
-        frames = decode_video(medium, FRAMES, max_frames=1024)
-        strip = np.concatenate([np.asarray(_shrunk(frame, FRAME)) for frame in frames], 1)
-        return _jpeg(Image.fromarray(strip), f"{FRAMES} frames of the clip, in order")
-    samples = decode_sound(medium, SECONDS, RATE)
-    file = io.BytesIO()
-    soundfile.write(file, np.clip(samples, -1, 1), RATE, format="MP3")
-    seconds = len(samples) / RATE
-    words = f"{seconds:.1f} s of {medium.modality}"
-    return Media("sound", "audio/mpeg", "mp3", file.getvalue(), words)
-
-
-def _shrunk(pixels: np.ndarray, side: int) -> Image.Image:
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side))
-    return picture
-
-
-def _jpeg(picture: Image.Image, words: str) -> Media:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
-    return Media("picture", "image/jpeg", "jpg", file.getvalue(), words)
+    preview = modality(medium.modality).preview
+    if preview is None:
+        raise DataError(f"{medium.source} is {medium.modality}, which is not shown.")
+    return preview(medium)
 
 
 def _short(text: str) -> str:

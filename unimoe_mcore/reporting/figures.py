@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -18,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from data_pipeline.modalities import FIRST
 from data_pipeline.reading.collate import GROUPS
 from unimoe_mcore.config.stage import OWN_MLP
 from unimoe_mcore.reporting.document import Figure, Panel
@@ -25,12 +27,15 @@ from unimoe_mcore.reporting.results import Results, in_order
 from unimoe_mcore.reporting.runs import Run
 from unimoe_mcore.reporting.shares import Routing, Ways
 
-COLOURS = dict(zip(GROUPS, ("#4269d0", "#a463f2", "#efb118", "#3ca951", "#6c757d"), strict=True))
-"""Of modalities."""
+COLOURS = dict(
+    zip((*FIRST, "text"), ("#4269d0", "#a463f2", "#efb118", "#3ca951", "#6c757d"), strict=True)
+)
+"""Of the first modalities; others have those of ``EXPERTS``."""
 OWN = "#c3c9cf"
 """Of the base's own MLP among the experts."""
 EXPERTS = ("#6cc5b0", "#ff725c", "#97bbf5", "#9c6b4e", "#ff8ab7", "#38678f", "#dfc27d", "#5d3a8c")
 """Of experts that are of no modality, taken in turn."""
+COLOURS |= dict(zip((name for name in GROUPS if name not in COLOURS), cycle(EXPERTS), strict=False))
 RUNS = ("#4269d0", "#ff725c", "#3ca951", "#efb118", "#a463f2", "#6c757d")
 """Of runs, taken in turn."""
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from data_pipeline.reading.preview import Preview
 from unimoe_mcore.checkpoints.files import write_text
-from unimoe_mcore.reporting.document import Code, Document, Heading, Media, Strong, pieces
+from unimoe_mcore.reporting.document import Code, Document, Heading, Strong, pieces
 
 NAME = "page.html.jinja"
 
@@ -45,7 +46,7 @@ def _template() -> Template:
     return environment.get_template(NAME)
 
 
-def _address(medium: Media) -> str:
+def _address(medium: Preview) -> str:
     """A medium's bytes as an address."""
     return f"data:{medium.mime};base64,{base64.b64encode(medium.data).decode()}"
 

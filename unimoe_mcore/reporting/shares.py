@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.modalities import tower_of
 from unimoe_mcore.config.stage import OWN_MLP
 from unimoe_mcore.evaluation.pathways import KINDS
 from unimoe_mcore.evaluation.statistics import mean_pairwise_variation, shuffled_variation
@@ -175,7 +176,7 @@ def own_experts(routing: Routing) -> tuple[int, int]:
     rows, first = 0, 0
     for block in routing.of_groups():
         for group, row in zip(routing.groups, block, strict=True):
-            own = "image" if group == "video" else group
+            own = tower_of(group)
             if own in routing.experts:
                 rows += 1
                 first += routing.experts[int(row.argmax())] == own

@@ -21,10 +21,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES, tower_modalities
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.stage import OWN_MLP
-from unimoe_mcore.config.towers import tower_modalities
 from unimoe_mcore.generation.answering import Answer, Answerer
 from unimoe_mcore.generation.asked_run import AskedRun
 from unimoe_mcore.generation.prompt import MOST_MEDIA, Attachment, Prompt, make_prompt

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.planning.cost import CostModel
 from unimoe_mcore.config.model import moe_blocks
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import FEATURES_PER_SECOND, EncoderConfig, tower_modalities
+from unimoe_mcore.config.towers import FEATURES_PER_SECOND, EncoderConfig
 
 
 def costs_of(recipe: Recipe) -> CostModel:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.conversation.tokenizer import TextTokenizer
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.opening import open_checked
 from data_pipeline.planning.catalogue import Catalogue, open_catalogue
 from data_pipeline.planning.permutation import Shuffle
 from data_pipeline.planning.plan import Mixture
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.reader import ReadingJob
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.reading.remote import ShardStore
@@ -22,7 +24,7 @@ from data_pipeline.shards.schema import MIXED
 from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.towers import EncoderConfig, TowerRule, tower_modalities
+from unimoe_mcore.config.towers import EncoderConfig
 from unimoe_mcore.training.agreement import decided_by_first_rank
 
 

@@ -11,8 +11,9 @@ from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from data_pipeline.modalities import tower_modalities
 from data_pipeline.reading.medium import Medium
-from unimoe_mcore.config.towers import TowerConfig, tower_modalities
+from unimoe_mcore.config.towers import TowerConfig
 from unimoe_mcore.model.connectors import build_connector
 from unimoe_mcore.model.connectors.frame_tokens import FrameReducer
 from unimoe_mcore.model.operations import Operations
@@ -41,7 +42,7 @@ class Tower(ModalitySubmodules):
         groups: Any,
     ) -> None:
         encoder = features.encoder
-        tokens = encoder.cells if "image" in encoder.modalities else None
+        tokens = encoder.cells or None  # of one medium, where all have as many
         connector = build_connector(config.connector, encoder.feature_size, hidden, tokens)
         trained = {"encoder": encoder} if isinstance(features, LiveEncoder) else {}
         super().__init__(encoders=trained, input_projections=[connector])
