@@ -174,7 +174,9 @@ def _decode(
     """What to say of a medium, and its array."""
     try:
         content = prepare(medium, encoder, limits)
-        length = modality(medium.modality).length
+        kind = modality(medium.modality)
+        # Only where it decides on the number of tokens.
+        length = kind.length if kind.promised is not None else None
         duration_ms = length(medium, limits).duration_ms if length is not None else 0
     except BrokenMediumError as error:
         return {"reason": error.reason, "kind": error.kind}, b""
