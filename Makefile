@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart demo chat test check lint types bench lock clean
+.PHONY: setup quickstart demo chat test check lint types fuzz bench lock clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@$(VENV)/bin/mypy
+
+# Readers of strangers' files, ten minutes of spoilt ones.
+fuzz: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzzing $(ARGS)
 
 # Every performance claim, measured again; answer_logits needs the quickstart's data and base.
 bench: $(STAMP)

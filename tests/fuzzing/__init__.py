@@ -1,0 +1,1 @@
+"""Readers of strangers' files, given files that were spoilt at random."""
