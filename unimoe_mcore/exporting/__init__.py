@@ -1,0 +1,1 @@
+"""A run's model for others: in the forms of transformers, PEFT, and Uni-MoE's own files."""
