@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +26,47 @@ from tests.checkpoints.cases_convert import logits_of
 from tests.checkpoints.small_gguf import SPECIAL
 from tests.checkpoints.small_models import model_of, saved
 from tests.checkpoints.small_models import tokenizer as chatml
-from tests.exporting.made import Made, make
+from tests.exporting.made import Made, make, recipe_of
+from unimoe_mcore import export as command
 from unimoe_mcore.checkpoints.artefact import read_manifest
 from unimoe_mcore.checkpoints.store import ShardReader
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.parallel import ParallelConfig
+from unimoe_mcore.config.towers import ConnectorConfig
 from unimoe_mcore.convert import convert
-from unimoe_mcore.export import main
 from unimoe_mcore.exporting.folder import write_export
 from unimoe_mcore.exporting.llama_form import as_llama
 from unimoe_mcore.exporting.subject import open_subject
 from unimoe_mcore.runtime import groups
 
 LENGTH = 150
-LLAMA3 = (
-    "model.language.rope_scaling=llama3",
-    "model.language.rope_factor=8.0",
-    "model.language.rope_original_tokens=32",
-    "model.language.rope_base=500.5",
-)
-MIXED = "stage.experts=[base,'${paths.runs}/stage2-image/gives',base]"
+BASES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"model__language__tied": False, "model__language__kv_heads": 4},
+    "llama3": {
+        "model__language__rope_scaling": "llama3",
+        "model__language__rope_factor": 8.0,
+        "model__language__rope_original_tokens": 32,
+        "model__language__rope_base": 500.5,
+    },
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "interval": {"stage__lora__alpha": 5.0},
+    "all": {"model__moe__placement": "all", "stage__lora__targets": ["attention", "experts"]},
+    "experts only": {
+        "model__moe__placement": "second_half",
+        "stage__lora__targets": ["experts"],
+    },
+    "attention only": {"model__moe__top_k": 3, "stage__lora__targets": ["attention"]},
+}
+command.open_subject = cache(command.open_subject)  # reads a recipe: as long as all the rest
 
 
 def export(source: Path, folder: Path, form: str, *more: str) -> list[str]:
     """Export by the command line; the lines that it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([str(source), str(folder), "--as", form, *more]) == 0
+        assert command.main([str(source), str(folder), "--as", form, *more]) == 0
     return printed.getvalue().splitlines()
 
 
@@ -88,12 +104,8 @@ def adapted(base: Path, adapters: Path) -> Any:
 def llamas(world: Path) -> dict[str, Any]:
     """Bases, tied and not, and a dense run with adapters."""
     found: dict[str, Any] = {}
-    for name, changes in {
-        "tied": (),
-        "untied": ("model.language.tied=false", "model.language.kv_heads=4"),
-        "llama3": LLAMA3,
-    }.items():
-        base = make(world, "base", *changes, *(() if name == "tied" else (f"name={name}",)))
+    for name, changes in BASES.items():
+        base = make(world, "base", "" if name == "tied" else name, **changes)
         folder = world / "out" / name
         printed = export(base.gives, folder, "llama", "--shard-size", "30000")
         found[name] = difference(loaded(folder), base)
@@ -106,8 +118,8 @@ def llamas(world: Path) -> dict[str, Any]:
             "shape": before.language == after.language,
             "left out": "Not in it" in (folder / "README.md").read_text(),
         }
-        export(base.folder, folder.with_name(f"{name} of the run"), "llama")
-        found[name]["run"] = weights(folder) == weights(folder.with_name(f"{name} of the run"))
+    export(world / "runs" / "base", world / "out" / "run", "llama")
+    found["run"] = weights(world / "out" / "run") == weights(world / "out" / "tied")
     return found
 
 
@@ -121,14 +133,17 @@ def weights(folder: Path) -> dict[str, list[float]]:
 
 def denses(world: Path) -> dict[str, Any]:
     """A dense run with adapters on attention and MLPs."""
-    changes = ("stage.train=[lora,connectors]", "stage.lora.targets=[attention,mlp]")
-    run = make(world, "dense", *changes, "stage.lora.alpha=5")
+    changes: dict[str, Any] = {
+        "stage__train": ["lora", "connectors"],
+        "stage__lora__targets": ["attention", "mlp"],
+    }
+    run = make(world, "dense", **changes, stage__lora__alpha=5.0)
     out = world / "out"
     printed = export(run.folder, out / "dense", "llama")
     export(run.folder, out / "dense apart", "llama", "--adapters", "apart")
     export(run.folder, out / "dense peft", "peft")
     export(run.gives, out / "dense given", "llama")
-    merged = make(world, "dense", *changes, "name=merged", "stage.lora.merge=true")
+    merged = make(world, "dense", "merged", **changes, stage__lora__merge=True)
     export(merged.folder, out / "merged", "llama")
     export(merged.gives, out / "merged given", "llama")
     return {
@@ -146,13 +161,8 @@ def mixtures(world: Path) -> dict[str, Any]:
     """Mixtures with experts in every second block, in all, and in the second half."""
     found: dict[str, Any] = {}
     out = world / "out"
-    for name, changes in {
-        "interval": ("stage.lora.alpha=5",),
-        "all": ("model.moe.placement=all", "stage.lora.targets=[attention,experts]"),
-        "experts only": ("model.moe.placement=second_half", "stage.lora.targets=[experts]"),
-        "attention only": ("model.moe.top_k=3", "stage.lora.targets=[attention]"),
-    }.items():
-        run = make(world, "stage3", MIXED, f"name={name.replace(' ', '-')}", *changes)
+    for name, changes in MIXTURES.items():
+        run = make(world, "stage3", name.replace(" ", "-"), **changes)
         export(run.folder, out / name, "mixtral", "--shard-size", "100000")
         export(run.folder, out / f"{name} apart", "mixtral", "--adapters", "apart")
         export(run.folder, out / f"{name} peft", "peft")
@@ -224,14 +234,10 @@ def official(world: Path) -> dict[str, Any]:
     export(runs / "stage2-image" / "gives", out / "expert given", "uni-moe")
     export(runs / "all", out / "official", "uni-moe")
     export(runs / "interval", out / "official apart", "uni-moe", "--adapters", "apart")
-    equal = "{input_norm: false, positions: false, max_tokens: 8}"
-    run = make(
-        world,
-        "stage1",
-        "name=projector",
-        f"model.towers.image.connector={equal}",
-        "model.towers.image.frame_order=average",
-    )
+    towers = deepcopy(recipe_of(world, "stage1").model.towers)
+    towers["image"].frame_order = "average"
+    towers["image"].connector = ConnectorConfig(input_norm=False, positions=False, max_tokens=8)
+    run = make(world, "stage1", "projector", model__towers=towers)
     said = export(run.gives, out / "projector", "uni-moe")
     projector = run.model.modality_submodules["image"].input_projections[0].project
     values = load_file(out / "projector" / "mm_projector.safetensors")
@@ -272,17 +278,7 @@ def shapes(folder: Path, stem: str = "*") -> dict[str, list[int]]:
 
 def refusals(world: Path) -> dict[str, str]:
     """What is refused, and that nothing is left behind."""
-    runs, changes = world / "runs", ("stage.lora.targets=[]", "stage.train=[router,connectors]")
-    scored = {
-        "pre-softmax": ("model.moe.score=pre_softmax",),
-        "sigmoid": ("model.moe.score=sigmoid",),
-        "bias": ("model.moe.score=sigmoid", "model.moe.balance=bias"),
-        "shared": ("stage.shared_expert=base",),
-        "half": ("model.moe.placement=first_half",),
-    }
-    for name, more in scored.items():
-        make(world, "stage3", MIXED, f"name={name}", *changes, *more)
-    make(world, "stage3", MIXED, "name=capacity", *changes, "model.moe.capacity=1.0")
+    runs = world / "runs"
     lone = world / "lone"
     for name in ("stage2-image", "interval"):
         shutil.copytree(runs / name / "gives", lone / name)
@@ -291,16 +287,11 @@ def refusals(world: Path) -> dict[str, str]:
     with (damaged / "rank-00000.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    export(runs / "capacity", world / "out" / "capacity", "mixtral")  # only training has it
     asked: dict[str, tuple[Path, str, tuple[str, ...]]] = {
-        **{f"{name} as mixtral": (runs / name, "mixtral", ()) for name in scored if name != "half"},
-        "shared as uni-moe": (runs / "shared", "uni-moe", ()),
-        "half as uni-moe": (runs / "half", "uni-moe", ()),
         "a mixture as llama": (runs / "interval", "llama", ()),
         "a base as mixtral": (runs / "base", "mixtral", ()),
         "a base as uni-moe": (runs / "base", "uni-moe", ()),
         "a base as peft": (runs / "base", "peft", ()),
-        "no adapters": (runs / "half", "peft", ()),
         "merged adapters": (runs / "merged" / "gives", "peft", ()),
         "connectors as llama": (runs / "stage1", "llama", ()),
         "connectors as uni-moe": (runs / "stage1", "uni-moe", ()),
@@ -322,8 +313,32 @@ def refusals(world: Path) -> dict[str, str]:
         export(runs / "base", world / "out" / "tied", "llama")
     except UserError as error:
         said["a folder that is there"] = str(error)
-    said["unreadable in the middle"] = broken_off(runs / "base", world / "out" / "refused")
+    said |= by_routing(runs / "interval")
+    said["unreadable in the middle"] = broken_off(
+        runs / "base" / "gives", world / "out" / "refused"
+    )
     said["left behind"] = str(sorted({path.name for path in (world / "out").iterdir()} - before))
+    return said
+
+
+def by_routing(run: Path) -> dict[str, str]:
+    """A mixture if it routed otherwise; what only training does is no reason."""
+    subject, said = command.open_subject(run), dict[str, str]()
+    moe = {
+        "pre-softmax": {"score": "pre_softmax"},
+        "sigmoid": {"score": "sigmoid"},
+        "bias": {"score": "sigmoid", "balance": "bias"},
+        "half": {"placement": "first_half"},
+        "training": {"capacity": 1.0, "jitter": 0.1, "z_loss": 0.1, "balance": "global"},
+    }
+    others = {name: replace(subject, moe=replace(subject.moe, **c)) for name, c in moe.items()}
+    others["shared"] = replace(subject, shared=True)
+    for name, other in others.items():
+        for form in ("mixtral", "peft", "uni-moe"):
+            try:
+                command.FORMS[form](other, True)
+            except UserError as error:
+                said[f"{name} as {form}"] = str(error)
     return said
 
 
@@ -331,12 +346,11 @@ def broken_off(source: Path, folder: Path) -> str:
     """A source whose last tensors cannot be read once the first are written."""
     subject = open_subject(source)
     exported = as_llama(subject, merge=True)
-    own = subject.weights.own
-    assert own is not None
-    for stored in list(own.reader.tensors)[-2:]:
-        part = own.reader.tensors[stored].parts[0]
-        lost = replace(part, name="lost")
-        own.reader.tensors[stored] = replace(own.reader.tensors[stored], parts=(lost,))
+    reader = subject.weights.base
+    assert reader is not None
+    for name in list(reader.tensors)[-2:]:
+        (part,) = reader.tensors[name].parts
+        reader.tensors[name] = replace(reader.tensors[name], parts=(replace(part, name="lost"),))
     try:
         write_export(folder, subject, exported, torch.float32, 10_000)
     except UserError as error:
@@ -361,7 +375,7 @@ def all_cases(folder: str) -> dict[str, Any]:
     groups.initialise(ParallelConfig())
     world = Path(folder)
     found: dict[str, Any] = {"llamas": llamas(world)}
-    made = make(world, "stage1"), make(world, "stage2", "stage.expert=image")
+    made = make(world, "stage1"), make(world, "stage2")
     found["spoken"] = spoken(world / "out" / "tied", made[0].folder.parent / "base" / "gives")
     found["expert"] = as_dense(world, made[1])
     found["dense"] = denses(world)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +24,7 @@ from unimoe_mcore.checkpoints.sources import find_sources
 from unimoe_mcore.checkpoints.trained import trained
 from unimoe_mcore.checkpoints.training import STATE, CheckpointFolder, RunState
 from unimoe_mcore.config.composition import dump
+from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.build import build_model
 from unimoe_mcore.model.parts import train_only
 from unimoe_mcore.model.unimoe import UniMoEModel
@@ -50,14 +54,30 @@ class Made:
         return self.folder / "gives"
 
 
+@cache
+def recipe_of(world: Path, stage: str) -> Recipe:
+    """A stage's recipe; composing one takes longer than anything else here."""
+    changes = [f"model.language.vocabulary={VOCABULARY}", "parallel.expert=1"]
+    if stage == "stage3":
+        changes.append("stage.experts=[base,'${paths.runs}/stage2-image/gives',base]")
+    return composed(str(world), stage, *changes)
+
+
 @torch.no_grad()
-def make(world: Path, stage: str, *changes: str) -> Made:
+def make(world: Path, stage: str, name: str = "", **changes: Any) -> Made:
     """A run of a stage whose trained parts, adapters' ``B`` among them, are random.
 
     Its logits differ by more than their rounding.
+
+    Args:
+        name: of the run; empty for the stage's.
+        changes: setting of the recipe (``model__moe__top_k``) -> value.
     """
-    size = f"model.language.vocabulary={VOCABULARY}"
-    recipe = composed(str(world), stage, size, "parallel.expert=1", *changes)
+    recipe = deepcopy(recipe_of(world, stage))
+    recipe.name = name or recipe.name
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        setattr(reduce(getattr, path, recipe), last, value)
     sources = find_sources(recipe)
     tokenizer = (
         TextTokenizer.train(WORDS, VOCABULARY)
