@@ -25,7 +25,7 @@ from data_pipeline.conversation.tokenizer import TextTokenizer
 from tests.checkpoints.cases_convert import logits_of
 from tests.checkpoints.small_gguf import SPECIAL
 from tests.checkpoints.small_models import model_of, saved
-from tests.checkpoints.small_models import tokenizer as chatml
+from tests.checkpoints.small_tokenizer import tokenizer as chatml
 from tests.exporting.made import Made, make, recipe_of
 from unimoe_mcore import export as command
 from unimoe_mcore.checkpoints.artefact import read_manifest
