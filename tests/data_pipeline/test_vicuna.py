@@ -16,11 +16,13 @@ import pytest
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from data_pipeline.conversation.original import learnt_otherwise
+from data_pipeline.conversation.published import with_markers
 from data_pipeline.conversation.template import render, text_tokens
 from data_pipeline.conversation.templates import VICUNA_V1
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.reading.medium import MODALITIES
 from tests.data_pipeline.sentencepieces import SPECIAL, converted, train
+from unimoe_mcore.checkpoints.hf_tokenizer import read_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -44,8 +46,11 @@ def slow(model: Path) -> SentencePieceBackend:
     )
 
 
-@pytest.fixture(scope="module", params=["older", "newer"])
+@pytest.fixture(scope="module", params=["older", "newer", "imported"])
 def ours(request: pytest.FixtureRequest, model: Path) -> TextTokenizer:
+    """Of a ``tokenizer.json`` of either form, and as a folder with ``tokenizer.model`` is taken."""
+    if request.param == "imported":
+        return with_markers(read_tokenizer(model.parent), "of the test", room=True)
     return TextTokenizer(converted(model, newer=request.param == "newer"), "of the test")
 
 
