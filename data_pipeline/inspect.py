@@ -27,6 +27,7 @@ from data_pipeline.inspection.tables import contents_parts, outlook_parts, show
 from data_pipeline.inspection.texts import CHARACTERS_PER_TOKEN
 from data_pipeline.modalities import tower_modalities
 from data_pipeline.planning.cost import CostModel
+from data_pipeline.planning.remarks import remarks
 from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.reading.remote import ShardStore, open_set
@@ -99,9 +100,17 @@ def inspect_recipe(
     sources = sources_of(manifest, names, taken)
     tokenizer, counted = _tokenizer(recipe)
     costs, dealt = _costs(recipe)
+    most_each = recipe.data.sample_tokens
     store = ShardStore(Path(recipe.paths.scratch), recipe.data.cache_bytes)
     with tempfile.TemporaryDirectory() as folder:
-        seen = glance(sources, tokenizer, TowerRule(towers), RecordReader(store), Path(folder))
+        seen = glance(
+            sources,
+            tokenizer,
+            TowerRule(towers),
+            RecordReader(store),
+            Path(folder),
+            most_each,
+        )
         outlook = look_ahead(recipe, seen.catalogue, planned, costs)
         first, most = outlook.phases[0], recipe.data.tokens_per_microbatch
         drawn = _draw(
@@ -111,12 +120,13 @@ def inspect_recipe(
             f"Weighted as drawn in steps 1 to {first.end:,}. A micro-batch holds at most {most:,}.",
         )
         read = f"{seen.texts_read:,} of {len(seen.catalogue):,} texts were read"
-    remarks = [f"{counted}; {read}.", dealt]
+        told = list(remarks(seen.catalogue.sources, seen.catalogue.remarkable, most_each))
+    said = [f"{counted}; {read}.", *told, dealt]
     if as_json:
-        told = {"recipe": recipe.name, **outlook.to_json(), "remarks": remarks}
-        _print(manifest, {**told, "picture": drawn})
+        found = {"recipe": recipe.name, **outlook.to_json(), "remarks": said}
+        _print(manifest, {**found, "picture": drawn})
         return
-    show([*outlook_parts(outlook, remarks), f"picture: {drawn}"])
+    show([*outlook_parts(outlook, said), f"picture: {drawn}"])
 
 
 def _tokenizer(recipe: Recipe) -> tuple[TextTokenizer | None, str]:

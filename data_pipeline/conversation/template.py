@@ -28,7 +28,8 @@ class Rendered:
 
 def text_tokens(conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer) -> int:
     """Tokens of a conversation without those of its media."""
-    return sum(1 for _ in _walk(conversations, tokenizer) if not isinstance(_, _MarkerOf))
+    walk = _walk(conversations, tokenizer)
+    return sum(not isinstance(token, _MarkerOf) for token, _ in walk)
 
 
 def render(
@@ -52,7 +53,7 @@ def render(
     ids: list[int] = []
     learn: list[bool] = []
     used = dict.fromkeys(MODALITIES, 0)
-    for token, learned in _walk_learned(conversations, tokenizer):
+    for token, learned in _walk(conversations, tokenizer):
         if isinstance(token, _MarkerOf):
             modality = token.modality
             if modality not in tokenizer.markers:
@@ -78,31 +79,68 @@ class _MarkerOf:
     modality: str
 
 
-def _walk(
-    conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer
-) -> Iterator[int | _MarkerOf]:
-    return (token for token, _ in _walk_learned(conversations, tokenizer))
+Token = tuple[int | _MarkerOf, bool]
+"""A token or a medium's place, and whether it is learnt."""
 
 
-def _walk_learned(
+def _walk(conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer) -> Iterator[Token]:
+    walk = _in_whole if tokenizer.template.whole else _in_parts
+    return walk(conversations, tokenizer)
+
+
+def _in_parts(
     conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer
-) -> Iterator[tuple[int | _MarkerOf, bool]]:
-    yield from _given(tokenizer.begin)
+) -> Iterator[Token]:
+    """Every part of the template and of a turn is tokenised by itself."""
+    template = tokenizer.template
+    yield from _given(tokenizer.structure(template.begin))
     for place, turn in enumerate(conversations):
         if turn["from"] == "human":
-            yield from _given(tokenizer.between if place else [])
-            yield from _given(tokenizer.before_question)
+            yield from _given(tokenizer.structure(template.between if place else ""))
+            yield from _given(tokenizer.structure(template.before_question))
             for piece in _MARKER.split(turn["value"]):
                 if _MARKER.fullmatch(piece):
                     yield _MarkerOf(piece[1:-1]), False
                 else:
                     yield from _given(tokenizer.encode(piece.strip()))
-            yield from _given(tokenizer.after_question)
+            yield from _given(tokenizer.structure(template.after_question))
         else:
             yield from ((token, True) for token in tokenizer.encode(turn["value"]))
             yield tokenizer.end, True
 
 
-def _given(ids: Sequence[int]) -> Iterator[tuple[int, bool]]:
+def _in_whole(
+    conversations: Sequence[Mapping[str, str]], tokenizer: TextTokenizer
+) -> Iterator[Token]:
+    """Text up to the next structural token or marker is tokenised at once, as it stands."""
+    template = tokenizer.template
+    text = ""  # since the last structural token or marker
+    for place, turn in enumerate(conversations):
+        if turn["from"] == "human":
+            before, after = template.around(turn["value"])
+            for piece in template.pieces((template.between if place else template.begin) + before):
+                if piece in template.special:
+                    yield from _given(tokenizer.encode(text) + tokenizer.structure(piece))
+                    text = ""
+                else:
+                    text += piece
+            for piece in _MARKER.split(turn["value"]):
+                if _MARKER.fullmatch(piece):
+                    yield from _given(tokenizer.encode(text))
+                    yield _MarkerOf(piece[1:-1]), False
+                    text = ""
+                else:
+                    text += piece
+            text += after
+        elif turn["value"]:
+            asked = len(tokenizer.encode(text))
+            ids = tokenizer.encode(text + template.before_answer + turn["value"])
+            yield from ((token, number >= asked) for number, token in enumerate(ids))
+            yield tokenizer.end, True
+            text = ""
+    yield from _given(tokenizer.encode(text))
+
+
+def _given(ids: Sequence[int]) -> Iterator[Token]:
     """Tokens that are not learnt."""
     return ((token, False) for token in ids)

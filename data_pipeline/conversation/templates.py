@@ -19,6 +19,11 @@ class ChatTemplate:
         after_question: stands between a question and its answer; ends a prompt.
         end: the structural token that ends an answer, and is learnt with it.
         between: stands between an answer and the next question.
+        whole: text between structural tokens and markers goes through the tokenizer in one piece,
+            blanks included. Otherwise every part goes through it by itself, and questions lose
+            the blanks around them.
+        before_answer: stands between ``after_question`` and an answer and is learnt with it, since
+            it melts into the answer's first token; with ``whole`` only.
     """
 
     name: str
@@ -29,6 +34,17 @@ class ChatTemplate:
     after_question: str
     end: str
     between: str
+    whole: bool = False
+    before_answer: str = ""
+
+    def around(self, question: str) -> tuple[str, str]:
+        """What stands before and after a question; with ``whole``, no blanks around an empty one.
+
+        So in the published code of Vicuna, which spells an empty turn by its role alone.
+        """
+        if self.whole and not question:
+            return self.before_question.rstrip(), self.after_question.lstrip()
+        return self.before_question, self.after_question
 
     def pieces(self, text: str) -> list[str]:
         """Text of the template, cut at its structural tokens; they are pieces of their own."""
@@ -61,4 +77,20 @@ CHATML = ChatTemplate(
 """Of SmolLM2 and many others. Without a system turn: it would say the same in every sample, and
 cost twenty tokens."""
 
-TEMPLATES = (PLAIN, CHATML)
+VICUNA_V1 = ChatTemplate(
+    name="vicuna_v1-1",
+    special=("<unk>", "<s>", "</s>"),
+    pad="<unk>",
+    begin="<s>A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    before_question="USER: ",
+    after_question=" ASSISTANT:",
+    end="</s>",
+    between="",
+    whole=True,
+    before_answer=" ",
+)
+"""Of Vicuna 1.1 and 1.5, LLaVA 1.5 and Uni-MoE, on Llama's SentencePiece tokenizer."""
+
+TEMPLATES = (PLAIN, CHATML, VICUNA_V1)
+"""A tokenizer has the first of which it has all structural tokens."""

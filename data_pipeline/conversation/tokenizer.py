@@ -1,4 +1,4 @@
-"""The text tokenizer: byte-level BPE by the ``tokenizers`` library, with the system's own markers.
+"""The text tokenizer: BPE by the ``tokenizers`` library, with the system's own markers.
 
 The markers are ordinary special tokens. A medium's marker is repeated once for every
 language-model token of that medium, and the towers' embeddings take those places. Which chat
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.conversation.dummy_prefix import add_dummy_prefix
 from data_pipeline.conversation.templates import PLAIN, TEMPLATES, ChatTemplate
 from data_pipeline.errors import DataError
 from data_pipeline.modalities import FIRST, MODALITIES
@@ -28,36 +29,35 @@ class TextTokenizer:
         template: the chat template whose structural tokens it has.
         pad: id of the token that fills up rows.
         end: id of the token that ends an answer.
-        begin: ids before the first turn.
-        before_question, after_question, between: ids around questions (``ChatTemplate``).
         markers: id of each modality's marker; a tokenizer that is older than a modality has none.
     """
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
         self.template = _template(tokenizer, origin)
         self._tokenizer = tokenizer
+        if self.template.whole:
+            add_dummy_prefix(tokenizer)
         # Text from a data set must not be able to spell a marker.
         self._tokenizer.encode_special_tokens = True
         self.pad, self.end = self._id(self.template.pad), self._id(self.template.end)
-        self.begin = self._structure(self.template.begin)
-        self.before_question = self._structure(self.template.before_question)
-        self.after_question = self._structure(self.template.after_question)
-        self.between = self._structure(self.template.between)
         ids = {modality: tokenizer.token_to_id(f"<{modality}>") for modality in MODALITIES}
         self.markers = {name: number for name, number in ids.items() if number is not None}
         self._structural = {*map(self._id, self.template.special), *self.markers.values()}
+        self._parts: dict[str, list[int]] = {}
 
     def _id(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)
         assert number is not None, token  # the template was chosen by what there is
         return int(number)
 
-    def _structure(self, text: str) -> list[int]:
+    def structure(self, part: str) -> list[int]:
         """Ids of a part of the template: structural tokens, and plain text between them."""
-        ids: list[int] = []
-        for piece in self.template.pieces(text):
-            ids += [self._id(piece)] if piece in self.template.special else self.encode(piece)
-        return ids
+        if part not in self._parts:
+            ids: list[int] = []
+            for piece in self.template.pieces(part):
+                ids += [self._id(piece)] if piece in self.template.special else self.encode(piece)
+            self._parts[part] = ids
+        return self._parts[part]
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:

@@ -13,9 +13,9 @@ import numpy as np
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.inspection.contents import MANY_SHARDS
-from data_pipeline.inspection.texts import read_texts, token_counter
+from data_pipeline.inspection.texts import otherwise_counter, read_texts, token_counter
 from data_pipeline.modalities import MODALITIES
-from data_pipeline.planning.catalogue import MOST_TOKENS, Catalogue, MediaRule, media_facts
+from data_pipeline.planning.catalogue import Catalogue, MediaRule, bounded, media_facts
 from data_pipeline.progress import progress
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest, ShardIndex
@@ -69,6 +69,7 @@ def glance(
     rule: MediaRule,
     reader: RecordReader,
     folder: Path,
+    sample_tokens: int = 0,
 ) -> Glance:
     """Lay down a catalogue as a run does, but without reading every text.
 
@@ -79,6 +80,7 @@ def glance(
         tokenizer: of the base; None: tokens are estimated from characters.
         rule: how media become tokens and work.
         folder: where the catalogue goes; must be there.
+        sample_tokens: most tokens of a sample, see ``open_catalogue``.
 
     Raises:
         DataError: a shard or a record is damaged.
@@ -87,20 +89,32 @@ def glance(
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, (rows,))
     shape = (rows, len(MODALITIES))
     work = np.lib.format.open_memmap(folder / "work.npy", "w+", np.float32, shape)
-    count, start, read = token_counter(tokenizer), 0, 0
+    count, otherwise = token_counter(tokenizer), otherwise_counter(tokenizer)
+    start, read, remarkable = 0, 0, []
     for (name, _), shards in sources.items():
         texts = read_texts(shards, reader)
         read += len(texts.rows)
         tokens[start : start + texts.count] = texts.spread(texts.measure(count))
+        numbers = np.array([0, 0, texts.spread(texts.measure(otherwise)).sum()])
         for shard in progress(shards, name, len(shards)) if len(shards) > MANY_SHARDS else shards:
             part = slice(start, start + len(shard))
             media, work[part] = media_facts(shard, rule)
-            tokens[part] = np.minimum(tokens[part] + media, MOST_TOKENS)
+            whole = tokens[part].astype(np.int64) + media
+            tokens[part], (cut, overfull) = bounded(whole, media, sample_tokens)
+            numbers += (cut, overfull, 0)
             start = part.stop
+        remarkable.append(numbers.tolist())
     tokens.flush()
     work.flush()
     facts = [[*place, *_facts(shards)] for place, shards in sources.items()]
-    description = json.dumps({"sources": facts, "shards": []})  # nothing is read by its rows
+    description = json.dumps(
+        {
+            "sources": facts,
+            "shards": [],  # nothing is read by its rows
+            "sample_tokens": sample_tokens,
+            "remarkable": remarkable,
+        }
+    )
     (folder / "catalogue.json").write_text(description, encoding="utf-8")
     return Glance(Catalogue(folder), read)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.conversation.original import learnt_otherwise
 from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.reading.records import RecordReader
@@ -88,9 +89,18 @@ def token_counter(tokenizer: TextTokenizer | None) -> Callable[[Sequence[Turn]],
     """Counts a conversation's tokens without its media; by its characters without a tokenizer."""
     if tokenizer is None:
         return _estimated_tokens
-    return lambda turns: text_tokens(
-        [{"from": turn.speaker, "value": turn.text} for turn in turns], tokenizer
-    )
+    return lambda turns: text_tokens(_conversation(turns), tokenizer)
+
+
+def otherwise_counter(tokenizer: TextTokenizer | None) -> Callable[[Sequence[Turn]], int]:
+    """1 for a conversation that the published code learns otherwise, if it has this template."""
+    if tokenizer is None:
+        return lambda turns: 0
+    return lambda turns: bool(learnt_otherwise(_conversation(turns), tokenizer.template))
+
+
+def _conversation(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"from": turn.speaker, "value": turn.text} for turn in turns]
 
 
 def _estimated_tokens(turns: Sequence[Turn]) -> int:

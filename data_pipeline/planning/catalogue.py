@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock
 
+from data_pipeline.conversation.original import learnt_otherwise
 from data_pipeline.conversation.template import text_tokens
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.plan import Draws, Source
+from data_pipeline.planning.remarks import Remarkable
 from data_pipeline.progress import progress
 from data_pipeline.reading.records import RecordReader
 from data_pipeline.shards.index import Manifest, SampleIndex, ShardIndex, load_index
@@ -64,9 +66,12 @@ class Catalogue:
         combinations: of the sources, sorted; dealing knows each by its number.
         combination: number of each source's combination, ``[sources]`` int64.
         starts: first row of every source and, last, the number of rows, ``[sources + 1]``.
-        tokens: length of every sample, language-model tokens, media included, ``[rows]`` int32.
+        tokens: length of every sample, language-model tokens, media included, ``[rows]`` int32;
+            of one that is cut, what is left.
         work: encoder work by modality in the order of ``MODALITIES``: pictures, frames or
             seconds, ``[rows, modalities]`` float32.
+        sample_tokens: most tokens of a sample; 0: no bound.
+        remarkable: of every source, how many samples are cut or otherwise worth a remark.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,6 +87,9 @@ class Catalogue:
             self.work = np.load(folder / "work.npy", mmap_mode="r", allow_pickle=False)
             self.sources = tuple(Source(*facts) for facts in record["sources"])
             rows = sum(source.count for source in self.sources)
+            self.sample_tokens = int(record.get("sample_tokens", 0))
+            noted = record.get("remarkable") or [()] * len(self.sources)
+            self.remarkable = tuple(Remarkable(*numbers) for numbers in noted)
             if self.tokens.shape != (rows,) or self.work.shape != (rows, len(MODALITIES)):
                 raise ValueError("its columns are not as long as its sources")
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
@@ -142,6 +150,7 @@ def open_catalogue(
     rule: MediaRule,
     cache: Path,
     reader: RecordReader | None = None,
+    sample_tokens: int = 0,
 ) -> Catalogue:
     """Find datasets in a built set, count their tokens, and lay the columns down in the cache.
 
@@ -151,6 +160,7 @@ def open_catalogue(
         datasets: names, in the recipe's order.
         cache: folder for token counts and columns; may be deleted at any time.
         reader: of records; needed for a set that is not on this machine.
+        sample_tokens: most tokens of a sample; longer ones are cut. 0: no bound.
 
     Raises:
         DataError: if a dataset is not in the split.
@@ -159,7 +169,7 @@ def open_catalogue(
     layout = tokenizer.template.name + tokenizer.serialised()
     text = hashlib.sha256(layout.encode()).hexdigest()[:16]
     identity: list[Any] = [str(manifest.folder.resolve()), manifest.url, text, rule.name]
-    identity.append(list(MODALITIES))
+    identity += [list(MODALITIES), sample_tokens]
     # The index as well as the tar: it says what samples there are and how long their media.
     index = {manifest.folder / entry.path: entry.index_sha256 for entry in manifest.entries}
     for source, found in shards.items():
@@ -171,7 +181,7 @@ def open_catalogue(
         with contextlib.suppress(DataError):  # it is not there, or damaged
             return Catalogue(folder)
         counter = _TextCounter(cache / "lengths" / text, tokenizer, reader or RecordReader())
-        _compile(folder, shards, counter, rule)
+        _compile(folder, shards, counter, rule, sample_tokens)
     return Catalogue(folder)
 
 
@@ -204,7 +214,9 @@ class _TextCounter:
         self._reader = reader
 
     def count(self, shard: ShardIndex) -> np.ndarray:
-        """``[samples]`` int32; 0 for a sample whose record makes no sense: reading will say so.
+        """Tokens, and whether the published code learns otherwise (0, 1), ``[2, samples]`` int32.
+
+        0 for a sample whose record makes no sense: reading will say so.
 
         Raises:
             DataError: the shard, or a sample's bytes in it, are damaged. Nothing is kept then,
@@ -215,11 +227,12 @@ class _TextCounter:
             try:
                 # Mapped, since a damaged header may claim any size.
                 counted = np.load(path, mmap_mode="r", allow_pickle=False)
-                if counted.shape == (len(shard.samples),) and counted.dtype == np.int32:
+                if counted.shape == (2, len(shard.samples)) and counted.dtype == np.int32:
                     return counted
             except (ValueError, OSError, EOFError):
                 pass  # a damaged cache entry is only counted again
-        counted = np.array([self._sample(shard, each) for each in shard.samples], dtype=np.int32)
+        found = [self._sample(shard, each) for each in shard.samples]
+        counted = np.array(found, dtype=np.int32).reshape(-1, 2).T
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with partial.open("wb") as file:
@@ -227,12 +240,13 @@ class _TextCounter:
         partial.replace(path)
         return counted
 
-    def _sample(self, shard: ShardIndex, sample: SampleIndex) -> int:
+    def _sample(self, shard: ShardIndex, sample: SampleIndex) -> tuple[int, bool]:
         try:
             turns = self._reader.record(shard, sample)["conversations"]
-            return text_tokens(turns, self._tokenizer)
+            otherwise = learnt_otherwise(turns, self._tokenizer.template)
+            return text_tokens(turns, self._tokenizer), bool(otherwise)
         except (KeyError, TypeError, AttributeError):
-            return 0
+            return 0, False
 
 
 def _compile(
@@ -240,6 +254,7 @@ def _compile(
     shards: Mapping[tuple[str, str], Sequence[ShardIndex]],
     counter: _TextCounter,
     rule: MediaRule,
+    sample_tokens: int,
 ) -> None:
     """Write the columns, one shard in memory at a time, visible by one rename."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -250,16 +265,23 @@ def _compile(
     tokens = np.lib.format.open_memmap(partial / "tokens.npy", "w+", np.int32, (rows,))
     shape = (rows, len(MODALITIES))
     work = np.lib.format.open_memmap(partial / "work.npy", "w+", np.float32, shape)
+    remarkable = np.zeros((len(shards), len(Remarkable._fields)), np.int64)
+    owners = np.repeat(np.arange(len(shards)), [len(found) for found in shards.values()])
     start = 0
-    for shard in progress(every, "lengths", len(every)) if len(every) > 100 else every:
+    shown = progress(every, "lengths", len(every)) if len(every) > 100 else every
+    for owner, shard in zip(owners, shown, strict=True):
         end = start + len(shard.samples)
-        media_tokens, work[start:end] = media_facts(shard, rule)
-        tokens[start:end] = np.minimum(counter.count(shard) + media_tokens, MOST_TOKENS)
+        media, work[start:end] = media_facts(shard, rule)
+        text, otherwise = counter.count(shard)
+        tokens[start:end], numbers = bounded(text + media, media, sample_tokens)
+        remarkable[owner] += (*numbers, otherwise.sum())
         start = end
     tokens.flush()
     work.flush()
     record = {
         "sources": [[*source, *_source_facts(found)] for source, found in shards.items()],
+        "sample_tokens": sample_tokens,
+        "remarkable": remarkable.tolist(),
         "shards": [
             {
                 "path": str(shard.path.resolve()),
@@ -280,6 +302,22 @@ def _source_facts(shards: Sequence[ShardIndex]) -> tuple[int, str]:
     """Number of samples, and a digest of the content."""
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
     return sum(len(shard.samples) for shard in shards), digest
+
+
+def bounded(tokens: np.ndarray, media: np.ndarray, most: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Lengths of samples as they will be read.
+
+    Args:
+        tokens: of every sample, text and media, ``[samples]``.
+        media: those of its media.
+        most: ``data.sample_tokens``.
+
+    Returns:
+        The lengths, and the numbers ``cut`` and ``overfull`` of ``Remarkable``.
+    """
+    if not most:
+        return np.minimum(tokens, MOST_TOKENS), (0, 0)
+    return np.minimum(tokens, most), (int((tokens > most).sum()), int((media >= most).sum()))
 
 
 def media_facts(shard: ShardIndex, rule: MediaRule) -> tuple[np.ndarray, np.ndarray]:

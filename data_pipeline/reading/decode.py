@@ -24,7 +24,7 @@ libsndfile decodes it at its original rate, which gives slightly other samples.
 """
 
 from data_pipeline.reading.limits import BROKEN, LARGE, LIMITS, BrokenMediumError, DecodeLimits
-from data_pipeline.reading.pictures import decode_image
+from data_pipeline.reading.pictures import decode_image, probe_image
 from data_pipeline.reading.recording import SoundFacts, sound_duration_ms
 from data_pipeline.reading.sounds import decode_sound, probe_sound
 from data_pipeline.reading.videos import VideoFacts, decode_video, probe_video
@@ -40,6 +40,7 @@ __all__ = [
     "decode_image",
     "decode_sound",
     "decode_video",
+    "probe_image",
     "probe_sound",
     "probe_video",
     "sound_duration_ms",

@@ -61,6 +61,20 @@ def decode_image(
         return np.asarray(_to_rgb(image))
 
 
+def probe_image(medium: Medium, max_pixels: int = LIMITS.max_pixels) -> tuple[int, int]:
+    """Width and height that a picture's header claims; nothing is decompressed.
+
+    Raises:
+        BrokenMediumError: not a picture, or too large.
+    """
+    with (
+        blame(medium, "picture", LIMITS.max_bytes),
+        Image.open(io.BytesIO(medium.data), formats=_PICTURES) as image,
+    ):
+        refuse_size(medium, *image.size, max_pixels)
+        return image.size
+
+
 def moves(data: bytes) -> bool:
     """Whether a picture that can be decoded has several frames of one animation.
 

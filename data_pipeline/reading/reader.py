@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from data_pipeline.conversation.limit import cut_tail
 from data_pipeline.conversation.template import Rendered, render
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
@@ -100,6 +101,7 @@ class SampleReader:
         self.job = job
         self.catalogue = Catalogue.load(job.catalogue)
         self._tokenizer = TextTokenizer(Tokenizer.from_str(job.tokenizer), "of the job")
+        self._markers = frozenset(self._tokenizer.markers.values())
         self._records = RecordReader(job.store)
 
     def read(self, row: int) -> Sample:
@@ -147,6 +149,8 @@ class SampleReader:
             media = tuple(map(self._medium, raw.media, raw.facts.media))
         except _InconsistentError as error:
             raise self._error(raw, "inconsistent", error) from error
+        except _LongError as error:
+            raise self._error(raw, "large", error) from error
         except BrokenMediumError as error:
             raise self._error(raw, error.kind, error) from error
         except DamagedSampleError as error:
@@ -172,6 +176,11 @@ class SampleReader:
             raise DamagedSampleError(
                 f"not a sample record ({type(error).__name__}: {error})"
             ) from error
+        if most := self.catalogue.sample_tokens:
+            try:
+                tokens = cut_tail(tokens, most, self._markers)
+            except DataError as error:
+                raise _LongError(str(error)) from error
         planned = int(self.catalogue.tokens[raw.row])
         if len(tokens.ids) != planned:
             raise _InconsistentError(
@@ -219,3 +228,7 @@ class SampleReader:
 
 class _InconsistentError(Exception):
     """Text, media and plan do not agree."""
+
+
+class _LongError(Exception):
+    """A sample is longer than it may be and cannot be cut."""

@@ -55,6 +55,9 @@ class DataConfig:
             ``skip`` it (the quickstart, where packages could not be fetched).
         temperature: shares are ``multiplier * size ** temperature``.
         global_samples: samples a step, over all ranks.
+        sample_tokens: most tokens of a sample, media included. Of a longer one the end is cut off
+            behind its last medium; one whose media leave no room for an answer is left out
+            (quarantine). 0: no bound; what is longer than a row is then refused.
         tokens_per_microbatch: most tokens of one packed row.
         pad_to: row lengths are rounded up to a multiple of this, tokens.
         compose: what a step holds: ``mixed`` (every step is close to the mixture) or ``uniform``
@@ -82,6 +85,7 @@ class DataConfig:
     missing: str = "refuse"
     temperature: float = 0.5
     global_samples: int = 48
+    sample_tokens: int = 0
     tokens_per_microbatch: int = 2048
     pad_to: int = 128
     compose: str = "mixed"

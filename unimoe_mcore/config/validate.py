@@ -249,8 +249,9 @@ def _data(recipe: Recipe) -> Iterator[str]:
     for key in ("block", "window"):
         if getattr(data.shuffle, key) < 1:
             yield f"data.shuffle.{key} is {getattr(data.shuffle, key)}, it must be at least 1"
-    if data.workers < 0:
-        yield f"data.workers is {data.workers}, it must not be negative"
+    for key in ("workers", "sample_tokens"):
+        if getattr(data, key) < 0:
+            yield f"data.{key} is {getattr(data, key)}, it must not be negative"
     if not data.sample_seconds > 0:
         yield f"data.sample_seconds is {data.sample_seconds}, it must be greater than 0"
     if not 0 <= data.quarantine_most <= 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from data_pipeline.opening import open_checked
 from data_pipeline.planning.catalogue import Catalogue, open_catalogue
 from data_pipeline.planning.permutation import Shuffle
 from data_pipeline.planning.plan import Mixture
+from data_pipeline.planning.remarks import remarks
 from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.reader import ReadingJob
 from data_pipeline.reading.records import RecordReader
@@ -25,6 +26,7 @@ from unimoe_mcore.config.data import DataConfig
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.towers import EncoderConfig
+from unimoe_mcore.runtime.run_directory import RunDirectory
 from unimoe_mcore.training.agreement import decided_by_first_rank
 
 
@@ -161,6 +163,7 @@ def split_catalogue(
         TowerRule(recipe.model.towers),
         Path(recipe.paths.cache),
         RecordReader(shard_store(recipe)),
+        recipe.data.sample_tokens,
     )
     _check_fits(recipe, catalogue, split)
     return catalogue
@@ -197,7 +200,8 @@ def _check_fits(recipe: Recipe, catalogue: Catalogue, split: str) -> None:
             shard, sample = catalogue.entry(longest)
             raise UserError(
                 f"{sample.key} of {split}/{shard.dataset} has {tokens} tokens, more than "
-                f"{key}={most}."
+                f"{key}={most}: leave it out, raise that, or cut such samples with "
+                f"data.sample_tokens={most}."
             )
 
 
@@ -226,3 +230,26 @@ def reading_job(
         store=shard_store(recipe),
         in_progress=note,
     )
+
+
+def announce_samples(directory: RunDirectory, catalogues: Mapping[str, Catalogue]) -> None:
+    """Say and record which samples are cut, left out, or learnt otherwise than by the original.
+
+    Args:
+        directory: of the run.
+        catalogues: by what they are for, such as ``training``.
+    """
+    for purpose, catalogue in catalogues.items():
+        for remark in remarks(catalogue.sources, catalogue.remarkable, catalogue.sample_tokens):
+            if directory.writes:
+                print(f"{directory.path.name}: {purpose}: {remark}", flush=True)
+        for source, numbers in zip(catalogue.sources, catalogue.remarkable, strict=True):
+            if any(numbers):
+                directory.event(
+                    "samples",
+                    purpose=purpose,
+                    dataset=source.dataset,
+                    combination=source.combination,
+                    samples=source.count,
+                    **numbers._asdict(),
+                )

@@ -52,6 +52,7 @@ from unimoe_mcore.training.announcement import announce
 from unimoe_mcore.training.callbacks import Callback, Checkpoints, Metrics, Progress
 from unimoe_mcore.training.costs import costs_of
 from unimoe_mcore.training.data import (
+    announce_samples,
     held_out_catalogue,
     open_data,
     phases,
@@ -205,6 +206,13 @@ class StageRun:
         """Resume or start, train, evaluate, give; what is done already is not done again."""
         self.directory.write_version()
         announce(self.recipe, self.directory, self.module, self.precision, self.peak)
+        catalogues = {
+            "training": self.samples,
+            "evaluation": self.questions,
+            "validation": self.validation_questions,
+        }
+        read = {purpose: each for purpose, each in catalogues.items() if each is not None}
+        announce_samples(self.directory, read)
         first = self._resume()
         decided_by_first_rank(self._forget_outdated)
         trainer = self.recipe.trainer
