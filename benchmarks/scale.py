@@ -57,13 +57,12 @@ ALL = ["embeddings", "norms", "attention", "mlp", "router", "experts", "lora"]
 
 def paper(experts: int, placement: str = "interval") -> Recipe:
     """Stage 3 of the paper's language model, without towers."""
-    entries = ",".join(["base"] * experts)
     recipe = compose_recipe(
         "stage3",
         [
             f"model=unimoe_7b_{experts}e",
             f"model.moe.placement={placement}",
-            f"stage.experts=[{entries}]",
+            "experts=identical",
             "parallel.expert=1",
             "trainer.evaluation.routing=false",
         ],

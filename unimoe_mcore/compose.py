@@ -1,6 +1,7 @@
 """``python -m unimoe_mcore.compose RECIPE [overrides]``: check a recipe, make its run directory.
 
-Prints the path of the resolved recipe, which every process of the run then reads.
+Prints the path of the resolved recipe, which every process of the run then reads, and before it,
+on standard error, how large its language model is: also where what the run stands on is missing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unimoe_mcore.config.composition import compose_recipe, dump, load_past
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.trainer import CHANGEABLE
+from unimoe_mcore.model.size import language_size
 from unimoe_mcore.runtime.failure import INTERRUPTED, WRONG_INPUT, sentence
 from unimoe_mcore.runtime.mirror_packages import check_mirrors
 from unimoe_mcore.runtime.run_directory import RunDirectory, given
@@ -181,7 +183,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    print(prepare_run(compose_recipe(arguments[0], arguments[1:])))
+    recipe = compose_recipe(arguments[0], arguments[1:])
+    print(f"{recipe.name}: {language_size(recipe).words()}", file=sys.stderr)
+    print(prepare_run(recipe))
     return 0
 
 

@@ -101,7 +101,7 @@ class Stages:
         return self.composed("stage3", f"stage.experts=[{listed}]", *extra)
 
 
-OWN = ("name", "stage.expert", "stage.experts")
+OWN = ("name", "experts", "stage.expert", "stage.experts")
 """What every schedule sets by itself, for each run another value."""
 
 

@@ -41,7 +41,15 @@ REFUSED = {
     "trainer.lr=-1": "trainer.lr is -1.0",
     "trainer.betas=[0.9]": "two numbers",
     "stage.kind=final": "stage.kind is 'final'",
-    "stage.experts=[base]": "names 1 experts",
+    "stage.experts=[base]": "model.moe.top_k is 2, it must be from 1 to 1",
+    "stage.experts=[]": "stage.experts is empty",
+    "experts=identical": "model.moe.top_k is 2, it must be from 1 to 1",
+    "experts=equal": "Could not find 'experts/equal'",
+    "model.moe.experts=6": "model.moe.experts=6 cannot be made of the 4 entries of stage.experts",
+    "model.moe.experts=2": "model.moe.experts=2 cannot be made of the 4 entries of stage.experts",
+    "model.moe.experts=-1": "model.moe.experts=-1 cannot be made of the 4 entries",
+    "model.moe.top_k=5": "model.moe.top_k is 5, it must be from 1 to 4",
+    "model.moe.top_k=0": "model.moe.top_k is 0, it must be from 1 to 4",
     "stage.lora.targets=[attenion]": "stage.lora.targets is 'attenion'",
     "stage.train=[conectors]": "parts of a moe stage are",
     "stage.connectors.smell=runs/x/gives": "no tower",
@@ -96,6 +104,32 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(UserError) as refused:
         compose_recipe("stage3", ["trainer.steps=0", "data.pad_to=0", "model.moe.placement=odd"])
     assert "3 problems" in str(refused.value)
+
+
+EIGHT = ["audiocap", "basev", "", "base1", "base4", "base7", "", "base7"]
+"""The released eight-expert model's experts in their order; empty for the base's own MLP."""
+
+
+def test_experts_are_named_by_a_recipe_group() -> None:
+    """Entries are repeated in their order until there are model.moe.experts of them."""
+
+    def named(*overrides: str) -> list[str]:
+        return compose_recipe("stage3", ["paths.runs=x", *overrides]).stage.experts
+
+    own = ["base", "x/stage2-image/gives", "x/stage2-speech/gives", "x/stage2-audio/gives"]
+    assert named() == own
+    assert named("model=unimoe_7b_4e") == own
+    assert named("model=unimoe_7b_8e") == own + own
+    assert named("model=unimoe_7b_4e", "experts=identical") == ["base"] * 4
+    assert named("model.moe.experts=6", "experts=identical") == ["base"] * 6
+    assert named("experts=specialised_2") == own[:2]
+    assert named("model=unimoe_7b_8e_dense32", "experts=official_8") == [
+        f"x/experts/mlp_{name}" if name else "base" for name in EIGHT
+    ]
+    listed = "stage.experts=[x/experts/mlp_base4, base, x/experts/mlp_base1, base]"
+    assert named(listed, "experts=identical") == listed[15:-1].split(", ")
+    alone = ["model.moe.experts=1", "model.moe.top_k=1", "model.moe.score=pre_softmax"]
+    assert named("experts=identical", "parallel.expert=1", *alone) == ["base"]
 
 
 def test_router_settings_that_would_do_nothing_are_refused() -> None:

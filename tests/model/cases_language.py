@@ -34,16 +34,20 @@ def language(**changes: Any) -> LanguageConfig:
 
 
 def built(
-    shape: LanguageConfig, placement: str = "", lora: LoRAConfig | None = None
+    shape: LanguageConfig,
+    placement: str = "",
+    lora: LoRAConfig | None = None,
+    experts: int = EXPERTS,
+    **moe: Any,
 ) -> UniMoEModel:
     """Our model without towers; dense without a ``placement``."""
     recipe = Recipe(
         stage=StageConfig(
             kind="moe" if placement else "base",
-            experts=["base"] * EXPERTS if placement else [],
+            experts=["base"] * experts if placement else [],
             lora=lora or LoRAConfig(),
         ),
-        model=ModelConfig(shape, MoEConfig(placement=placement or "interval")),
+        model=ModelConfig(shape, MoEConfig(placement=placement or "interval", **moe)),
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return build_model(recipe, collection, {}, torch.float32, transformer_flags(detect()))
@@ -126,11 +130,47 @@ def dense(**changes: Any) -> dict[str, float]:
     return difference(theirs, model, shape)
 
 
-def sparse(placement: str, dense_blocks: list[int], **changes: Any) -> dict[str, float]:
+def sparse(
+    placement: str, dense_blocks: list[int], experts: int = EXPERTS, **changes: Any
+) -> dict[str, float]:
     shape = language(**changes)
-    theirs, model = mixtral(shape, EXPERTS, dense_blocks), built(shape, placement)
+    theirs = mixtral(shape, experts, dense_blocks)
+    model = built(shape, placement, experts=experts)
     fill(model, ours(dict(theirs.named_parameters()), shape))
     return difference(theirs, model, shape)
+
+
+def one_expert() -> dict[str, Any]:
+    """One expert in every block, which all tokens must go to: the dense model.
+
+    Also a step of the optimizer: nothing that is not finite, and a router that stays as it is.
+    """
+    shape = language()
+    theirs = llama(shape)
+    model = built(shape, "all", experts=1, top_k=1, score="pre_softmax")
+    weights = {
+        name.replace(".mlp.", ".mlp.experts.local_experts.0."): weight
+        for name, weight in ours(dict(theirs.named_parameters()), shape).items()
+    }
+    names = [name for name, _ in model.language_model.named_parameters()]
+    routers = {name: torch.ones(1, shape.hidden) for name in names if "router" in name}
+    fill(model, weights | routers)
+    batch = batch_of(shape.vocabulary)
+    expected, total = reference(theirs, batch)
+    losses = model(batch)
+    (losses * batch.loss_mask).sum().backward()
+    logits = model(batch, with_loss=False)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer.step()
+    after = dict(model.language_model.named_parameters())
+    return {
+        "routers": len(routers),
+        "logits": relative(logits, torch.cat(expected)[model.answer_places(batch)]),
+        "loss": relative((losses * batch.loss_mask).sum(), total),
+        "routers stay": all(torch.equal(after[n], value) for n, value in routers.items()),
+        "all else moves": all(not torch.equal(after[n], value) for n, value in weights.items()),
+        "finite": all(bool(p.isfinite().all()) for p in after.values()),
+    }
 
 
 @torch.no_grad()
@@ -180,6 +220,8 @@ def all_cases() -> dict[str, Any]:
         "dense one group": dense(kv_heads=1),
         "dense multi-head": dense(kv_heads=4, rope_base=10000),
         "all": sparse("all", []),
+        "all, eight experts": sparse("all", [], experts=8),
+        "one expert": one_expert(),
         "interval": sparse("interval", [1, 3]),
         "first_half": sparse("first_half", [2, 3]),
         "second_half": sparse("second_half", [0, 1]),

@@ -30,6 +30,7 @@ def results() -> dict[str, Any]:
         "dense one group",
         "dense multi-head",
         "all",
+        "all, eight experts",
         "interval",
         "first_half",
         "second_half",
@@ -40,6 +41,16 @@ def test_logits_loss_and_gradients_are_the_reference_s(case: str, results: dict[
     assert found["size"] > 1  # nothing that is equal because it is nothing
     for what in ("logits", "loss", "gradients"):
         assert found[what] < TOLERANCE, what
+
+
+def test_a_mixture_of_one_expert_is_the_dense_model(results: dict[str, Any]) -> None:
+    found = results["one expert"]
+    assert found["routers"] == 4
+    assert found["logits"] < TOLERANCE
+    assert found["loss"] < TOLERANCE
+    assert found["routers stay"]
+    assert found["all else moves"]
+    assert found["finite"]
 
 
 ATTENTION = ("self_attention.linear_proj", "self_attention.linear_qkv")

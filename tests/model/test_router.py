@@ -137,6 +137,13 @@ def test_dead_experts_and_entropies() -> None:
     assert metrics["router/groups"]["2"] == {"image": [0.976, 0.0, 0.024, 0.0]}
 
 
+def test_one_expert_leaves_no_number_that_is_none() -> None:
+    load = torch.full((1, 5, 1), 3.0, dtype=torch.float64)
+    metrics = routing_metrics([1], load, torch.zeros(1, 5, dtype=torch.float64), top_k=1)
+    assert metrics["router/load"] == {"1": [1.0]}
+    assert metrics["router/load_entropy"] == metrics["router/entropy"] == {"1": 0.0}
+
+
 def test_the_coefficient_is_annealed_by_the_step_alone() -> None:
     constant = MoEConfig(balance_coefficient=0.02)
     assert [balance_coefficient(step, constant) for step in (0, 9999)] == [0.02, 0.02]

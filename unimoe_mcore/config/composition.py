@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unimoe_mcore.config.errors import UserError
 from unimoe_mcore.config.recipe import Recipe
-from unimoe_mcore.config.stage import RateConfig
+from unimoe_mcore.config.stage import RateConfig, in_turn
 from unimoe_mcore.config.validate import validate
 
 # Every recipe's first default: gives all keys their types and default values.
@@ -126,6 +126,7 @@ def typed(plain: dict[str, Any], world_size: int | None = None, what: str = "The
         raise UserError(_sentence(problems, what))
     merged = OmegaConf.merge(OmegaConf.structured(Recipe), plain)
     recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    recipe.stage.experts = in_turn(recipe.stage.experts, recipe.model.moe.experts)
     problems = validate(recipe, world_size)
     if problems:
         raise UserError(_sentence(problems, what))

@@ -63,6 +63,8 @@ class MoEConfig:
     """Where the experts are and how tokens reach them (``docs/training.md``, The router).
 
     Attributes:
+        experts: experts of a block, made of ``stage.experts`` by naming its entries over and over
+            in their order; 0 for as many as there are entries.
         placement: ``interval`` (every second block from the first: 0, 2, 4 ..., Uni-MoE's),
             ``all``, ``first_half``, ``second_half`` (the paper's Table 7 d).
         top_k: experts per token.
@@ -86,6 +88,7 @@ class MoEConfig:
             ``[1 - jitter, 1 + jitter]`` (Switch 2021).
     """
 
+    experts: int = 0
     placement: str = "interval"
     top_k: int = 2
     score: str = "softmax"

@@ -51,7 +51,8 @@ class StageConfig:
         start: the stage-1 folder whose connectors the run starts from; needed for ``expert`` and
             ``dense``.
         experts: for ``moe``: one entry per expert, in order: ``base`` (the base's own MLP) or the
-            folder that a stage-2 run gave.
+            folder that a stage-2 run gave. A composed recipe names as many as
+            ``model.moe.experts`` says.
         shared_expert: for ``moe``: where an MLP comes from that every token of a block with experts
             passes besides those it is sent to, named like one of ``experts``; empty for none. Its
             output is added to theirs; adapters on ``mlp`` are also on it.
@@ -79,6 +80,16 @@ class StageConfig:
     train: list[str] = field(default_factory=list)
     rates: dict[str, RateConfig] = field(default_factory=dict)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+def in_turn(entries: list[str], experts: int) -> list[str]:
+    """The entries over and over in their order until there are so many experts.
+
+    As they are where ``experts`` is 0 or no multiple of their number.
+    """
+    if not experts or not entries or experts % len(entries):
+        return entries
+    return entries * (experts // len(entries))
 
 
 def stands_for(name: str, part: str) -> bool:

@@ -6,12 +6,18 @@ import math
 from collections.abc import Iterator
 
 from unimoe_mcore.config.data import DataConfig
-from unimoe_mcore.config.model import PLACEMENTS, ROPE_SCALINGS, LanguageConfig, moe_blocks
+from unimoe_mcore.config.model import (
+    PLACEMENTS,
+    ROPE_SCALINGS,
+    LanguageConfig,
+    MoEConfig,
+    moe_blocks,
+)
 from unimoe_mcore.config.parallel import check_layout, check_tested
 from unimoe_mcore.config.rates import rate_problems
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.config.routing import check_routing
-from unimoe_mcore.config.stage import KINDS
+from unimoe_mcore.config.stage import KINDS, StageConfig
 from unimoe_mcore.config.towers import FRAME_ORDERS, TowerConfig
 from unimoe_mcore.config.trainer import (
     CHANGEABLE,
@@ -91,17 +97,30 @@ def _stage(recipe: Recipe) -> Iterator[str]:
     if stage.kind in ("expert", "dense") and not stage.start:
         article = "an" if stage.kind == "expert" else "a"
         yield f"stage.start is empty, {article} {stage.kind} stage needs the connectors of stage 1"
-    if stage.kind == "moe" and len(stage.experts) < max(2, recipe.model.moe.top_k):
-        yield (
-            f"stage.experts names {len(stage.experts)} experts, a mixture with top_k="
-            f"{recipe.model.moe.top_k} needs at least {max(2, recipe.model.moe.top_k)}"
-        )
-    if stage.kind != "moe" and stage.experts:
+    if stage.kind == "moe":
+        yield from _number_of_experts(stage, recipe.model.moe)
+    elif stage.experts:
         yield f"stage.experts is given, but only a moe stage has experts, not a {stage.kind} stage"
     for tower in stage.connectors:
         if tower not in recipe.model.towers:
             yield f"stage.connectors names {tower!r}, which is no tower of model.towers"
     yield from _parts(recipe)
+
+
+def _number_of_experts(stage: StageConfig, moe: MoEConfig) -> Iterator[str]:
+    named = len(stage.experts)
+    if not named:
+        yield "stage.experts is empty, a moe stage needs at least one expert"
+    elif moe.experts and named != moe.experts:
+        yield (
+            f"model.moe.experts={moe.experts} cannot be made of the {named} entries of "
+            f"stage.experts by repeating them: name {moe.experts} or a divisor of it"
+        )
+    elif not 1 <= moe.top_k <= named:
+        yield (
+            f"model.moe.top_k is {moe.top_k}, it must be from 1 to {named}, the number of experts "
+            f"that stage.experts names (model.moe.experts makes more of them)"
+        )
 
 
 def _parts(recipe: Recipe) -> Iterator[str]:
@@ -336,8 +355,6 @@ def _experts(recipe: Recipe) -> Iterator[str]:
                 f"parallel.expert={parallel.expert} does not divide the {experts} experts of "
                 f"stage.experts"
             )
-        if not 1 <= recipe.model.moe.top_k <= experts:
-            yield f"model.moe.top_k is {recipe.model.moe.top_k}, it must be from 1 to {experts}"
         if recipe.trainer.evaluation.routing and parallel.tensor * parallel.pipeline > 1:
             yield (
                 "trainer.evaluation.routing needs parallel.tensor=1 and parallel.pipeline=1 so "

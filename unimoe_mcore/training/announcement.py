@@ -16,6 +16,7 @@ from unimoe_mcore.config.parallel import (
 )
 from unimoe_mcore.config.recipe import Recipe
 from unimoe_mcore.model.memory import RankMemory, recipe_memory
+from unimoe_mcore.model.size import language_size
 from unimoe_mcore.runtime.peak import Peak
 from unimoe_mcore.runtime.run_directory import RunDirectory
 from unimoe_mcore.training.inventory import as_json, by_part, table
@@ -32,12 +33,13 @@ def announce(
         peak: operations per second of a process at most.
     """
     parts = by_part(module.inventory, trained=True)
-    memory = _memory(recipe, module, precision)
+    memory, size = _memory(recipe, module, precision), language_size(recipe)
     total, trained = sum(entry.count for entry in module.inventory), sum(parts.values())
     directory.event(
         "start",
         parameters=total,
         trained=trained,
+        language={"total": size.total, "active": size.active},
         parts=parts,
         ranks=dist.get_world_size(),
         layout=asdict(recipe.parallel),
@@ -56,6 +58,7 @@ def announce(
             f"{dist.get_world_size()} processes, {layout_words(recipe.parallel)}, {precision}\n"
             f"{table(module.inventory, recipe)}",
         )
+        _say(recipe.name, size.words())
         _say(recipe.name, memory.words())
         if module.began_with:
             taken = ", ".join(f"{part} {n}" for part, n in module.began_with.items())

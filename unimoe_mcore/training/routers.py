@@ -143,7 +143,7 @@ def routing_metrics(
         ``router/balance_loss`` and ``router/z_loss``, without their coefficients.
     """
     experts = load.shape[-1]
-    largest = math.log(experts)
+    largest = math.log(experts) or 1.0  # one expert: nothing to choose, both are 0
     choices = load.sum((1, 2))
     share = load.sum(1) / choices.clamp(min=1)[:, None]
     named = dict(zip(Tally.SUMS, sums.T, strict=True))
