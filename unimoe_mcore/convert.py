@@ -1,4 +1,4 @@
-"""``python -m unimoe_mcore.convert SOURCE FOLDER``: a published model as a base.
+"""``python -m unimoe_mcore.convert SOURCE FOLDER``: a published model as a base, or parts of one.
 
 SOURCE is a folder of Hugging Face's form (``config.json``, ``tokenizer.json``, weights as
 safetensors or ``.bin``) with a Llama, Mistral, Mixtral or LLaVA, or a Llama in a GGUF file
@@ -6,6 +6,11 @@ safetensors or ``.bin``) with a Llama, Mistral, Mixtral or LLaVA, or a Llama in 
 manifest; recipes name it in ``stage.base``. What stands on the base (a mixture's experts, a
 connector) lies in folders within. The last lines say what ``model.language`` must be, and which
 tensors were not taken and why. ``docs/checkpoints.md`` has more.
+
+With ``--expert-of BASE`` FOLDER becomes an expert that stands on that base, for ``stage.experts``:
+SOURCE is a file that Uni-MoE published (``.bin``, ``.safetensors``), with ``--adapters FILE`` added
+to it, or a folder with another model, of which only the MLPs are taken. With ``--routers-of BASE``
+it becomes routers to begin with, for ``stage.init_from``. ``docs/stages.md`` has more.
 """
 
 from __future__ import annotations
@@ -14,8 +19,8 @@ import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from unimoe_mcore.runtime.devices import prepare_device
@@ -24,13 +29,26 @@ prepare_device()
 
 import torch  # noqa: E402
 
-from unimoe_mcore.checkpoints.based import check_replaceable, write_base  # noqa: E402
+from data_pipeline.shards.integrity import file_sha256  # noqa: E402
+from unimoe_mcore.checkpoints.artefact import Manifest, read_manifest  # noqa: E402
+from unimoe_mcore.checkpoints.based import (  # noqa: E402
+    check_replaceable,
+    write_base,
+    write_part,
+)
 from unimoe_mcore.checkpoints.gguf_file import read_gguf  # noqa: E402
 from unimoe_mcore.checkpoints.hf_folder import is_folder, read_folder  # noqa: E402
 from unimoe_mcore.checkpoints.importing import Imported, import_model  # noqa: E402
+from unimoe_mcore.checkpoints.official_experts import (  # noqa: E402
+    ALPHA,
+    Part,
+    read_expert,
+    read_routers,
+)
 from unimoe_mcore.checkpoints.published import Published  # noqa: E402
 from unimoe_mcore.compose import speak  # noqa: E402
 from unimoe_mcore.config.errors import UserError  # noqa: E402
+from unimoe_mcore.config.model import LanguageConfig  # noqa: E402
 from unimoe_mcore.runtime.precision import DTYPES  # noqa: E402
 
 
@@ -81,8 +99,92 @@ def convert(
     return published, imported
 
 
+def convert_expert(
+    source: Path,
+    folder: Path,
+    base: Path,
+    dtype: torch.dtype,
+    adapters: Path | None = None,
+    alpha: float = ALPHA,
+) -> tuple[Part, Manifest]:
+    """Write an expert that stands on a base, of published MLPs; visible only when it is whole.
+
+    Args:
+        adapters: a file of adapters that are added to them.
+        alpha: their scale.
+
+    Raises:
+        UserError: as ``convert``, and if there is no such base.
+    """
+    if not 0 < alpha < math.inf:
+        raise UserError(f"--alpha is {alpha}, it must be a number greater than 0.")
+    check_replaceable(folder, "expert")
+    facts, language = _standing_on(base, source, "expert")
+    part = read_expert(source, language, adapters, alpha)
+    return part, _written(folder, facts, part, dtype)
+
+
+def convert_routers(
+    source: Path, folder: Path, base: Path, dtype: torch.dtype
+) -> tuple[Part, Manifest]:
+    """Write a mixture's routers, which stand on a base, as what a run has trained of it.
+
+    Raises:
+        UserError: as ``convert_expert``.
+    """
+    check_replaceable(folder, "moe")
+    facts, language = _standing_on(base, source, "moe")
+    part = read_routers(source, language)
+    return part, _written(folder, facts, part, dtype)
+
+
+def _standing_on(base: Path, source: Path, kind: str) -> tuple[Manifest, LanguageConfig]:
+    """What an artefact on a base says of itself, and the base's shape."""
+    found = read_manifest(base, "The base")
+    if found.kind != "base":
+        raise UserError(f"{base} was given by a stage of kind {found.kind}, it is no base.")
+    facts = Manifest(
+        kind=kind,
+        hash="",
+        stands_on=found.hash,
+        expert="",
+        run=source.resolve().stem,
+        language=found.language,
+    )
+    return facts, LanguageConfig(**found.language)
+
+
+def _written(folder: Path, facts: Manifest, part: Part, dtype: torch.dtype) -> Manifest:
+    digests = [file_sha256(path) for path in part.files]
+    sources = {"published": digests[0]}
+    sources |= {f"published {number}": each for number, each in enumerate(digests) if number}
+    return write_part(folder, replace(facts, sources=sources), part.tensors, dtype)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Read, lay out, write, say what was done."""
+    given = _parser().parse_args(arguments)
+    dtype, base = DTYPES[given.dtype], given.expert_of or given.routers_of
+    if base is None:
+        if given.adapters:
+            raise UserError("--adapters are those of an expert: say --expert-of BASE.")
+        published, imported = convert(given.source, given.folder, dtype, given.template)
+        lines = said(given.folder, published, imported, given.dtype)
+    elif given.expert_of and given.routers_of:
+        raise UserError("--expert-of and --routers-of are two conversions: give one of them.")
+    elif given.expert_of:
+        part, made = convert_expert(
+            given.source, given.folder, base, dtype, given.adapters, given.alpha
+        )
+        lines = [*said_of_part(given.folder, part, made), f"stage.experts: [..., {given.folder}]"]
+    else:
+        part, made = convert_routers(given.source, given.folder, base, dtype)
+        lines = [*said_of_part(given.folder, part, made), f"stage.init_from: {given.folder}"]
+    print("\n".join(lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m unimoe_mcore.convert",
         description=__doc__,
@@ -94,13 +196,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--template", default="", help="chat template, where the tokenizer fits several"
     )
-    given = parser.parse_args(arguments)
-    published, imported = convert(
-        given.source, given.folder, DTYPES[given.dtype], template=given.template
+    parser.add_argument(
+        "--expert-of", type=Path, metavar="BASE", help="the source's MLPs become an expert on it"
     )
-    for line in said(given.folder, published, imported, given.dtype):
-        print(line)
-    return 0
+    parser.add_argument("--adapters", type=Path, metavar="FILE", help="added to the expert")
+    parser.add_argument(
+        "--alpha", type=float, default=ALPHA, help="scale of the adapters (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--routers-of", type=Path, metavar="BASE", help="the source's routers, to begin with"
+    )
+    return parser
+
+
+def said_of_part(folder: Path, part: Part, made: Manifest) -> list[str]:
+    """What was done: what stands on which base, what was left out and why."""
+    total = sum(math.prod(value.shape) for value in part.tensors.values())
+    dtype = next(iter(made.tensors.values()))["dtype"]
+    return [
+        f"{folder}: {total / 1e6:.2f} M parameters in {dtype} of {len(part.blocks)} blocks, on "
+        f"base {made.stands_on[:12]}",
+        *_left_out(part.skipped),
+    ]
 
 
 def said(folder: Path, published: Published, imported: Imported, dtype: str) -> list[str]:
@@ -113,10 +230,7 @@ def said(folder: Path, published: Published, imported: Imported, dtype: str) -> 
     for part, tensors in imported.parts:
         count = sum(math.prod(value.shape) for value in tensors.values())
         lines.append(f"  {folder / part.folder}: {count / 1e6:.2f} M parameters, {part.kind}")
-    for why, count in Counter(imported.skipped.values()).items():
-        names = [name for name, reason in imported.skipped.items() if reason == why]
-        more = f" and {count - 1} more" if count > 1 else ""
-        lines.append(f"  left out: {names[0]}{more}: {why}")
+    lines += _left_out(imported.skipped)
     if published.unused:
         lines.append(f"  not looked at in config.json: {', '.join(published.unused)}")
     shape = ", ".join(f"{key}: {value}" for key, value in asdict(published.language).items())
@@ -124,6 +238,13 @@ def said(folder: Path, published: Published, imported: Imported, dtype: str) -> 
     return lines + [
         f"{key}: {value.replace('FOLDER', str(folder))}" for key, value in published.recipe.items()
     ]
+
+
+def _left_out(skipped: Mapping[str, str]) -> Iterator[str]:
+    for why, count in Counter(skipped.values()).items():
+        first = next(name for name, reason in skipped.items() if reason == why)
+        more = f" and {count - 1} more" if count > 1 else ""
+        yield f"  left out: {first}{more}: {why}"
 
 
 if __name__ == "__main__":

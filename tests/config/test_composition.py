@@ -126,6 +126,9 @@ def test_experts_are_named_by_a_recipe_group() -> None:
     assert named("model=unimoe_7b_8e_dense32", "experts=official_8") == [
         f"x/experts/mlp_{name}" if name else "base" for name in EIGHT
     ]
+    assert named("model=unimoe_7b_8e_dense32", "experts=released_8") == [
+        f"x/experts/released_{number}" for number in range(8)
+    ]
     listed = "stage.experts=[x/experts/mlp_base4, base, x/experts/mlp_base1, base]"
     assert named(listed, "experts=identical") == listed[15:-1].split(", ")
     alone = ["model.moe.experts=1", "model.moe.top_k=1", "model.moe.score=pre_softmax"]

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,6 @@ def write_base(
     Raises:
         UserError: if a tensor cannot be read.
     """
-    folder = Path(os.path.abspath(folder))
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     facts = Manifest(
         kind="base",
         hash="",
@@ -51,7 +48,7 @@ def write_base(
         language=asdict(published.language),
         sources={"published": published.digest},
     )
-    try:
+    with _appearing(folder) as partial:
         published.tokenizer.save(partial / TOKENIZER)
         base = seal(partial, facts, _write(partial, imported.tensors, dtype))
         for part, tensors in imported.parts:
@@ -59,22 +56,50 @@ def write_base(
             place.mkdir()
             of_part = replace(facts, kind=part.kind, stands_on=base.hash, towers=dict(part.towers))
             seal(place, of_part, _write(place, tensors, dtype))
+
+
+def write_part(
+    folder: Path, facts: Manifest, tensors: Mapping[str, Deferred], dtype: torch.dtype
+) -> Manifest:
+    """Write an artefact that stands on a base; it is visible only when it is whole.
+
+    Args:
+        facts: everything but ``hash`` and ``tensors``.
+        dtype: in which the weights are stored.
+
+    Raises:
+        UserError: if a tensor cannot be read.
+    """
+    with _appearing(folder) as partial:
+        return seal(partial, facts, _write(partial, tensors, dtype))
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the other's place when all went well."""
+    folder = Path(os.path.abspath(folder))
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Refuse a folder that holds anything but what an earlier conversion wrote.
+def check_replaceable(folder: Path, kind: str = "base") -> None:
+    """Refuse a folder that holds anything but what an earlier conversion of that kind wrote.
 
     Raises:
         UserError: naming the folder.
     """
-    if folder.exists() and not _ours(folder):
-        raise UserError(f"{folder} exists and is no converted base: name another folder.")
+    if folder.exists() and not _ours(folder, (kind,)):
+        what = {"base": "base", "expert": "expert", "moe": "file of routers"}[kind]
+        raise UserError(f"{folder} exists and is no converted {what}: name another folder.")
 
 
-def _ours(folder: Path, kinds: Sequence[str] = ("base",)) -> bool:
+def _ours(folder: Path, kinds: Sequence[str]) -> bool:
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
         if facts["kind"] not in kinds or not facts["sources"]["published"]:

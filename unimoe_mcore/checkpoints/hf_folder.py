@@ -51,7 +51,7 @@ def read_folder(folder: Path, template: str = "") -> Published:
     tokens = bare.get_vocab_size()
     tokenizer = with_markers(bare, str(folder / FAST), template, room=True)
     try:
-        tensors, skipped = _named(separated(found), described.family)
+        tensors, skipped = named(separated(found), described.family)
         described = replace(described, language=_padded(described, tokens, tokenizer, len(tensors)))
         rules, parts, sizes, recipe = _tables(described, tensors)
     except ValueError as error:
@@ -70,7 +70,7 @@ def read_folder(folder: Path, template: str = "") -> Published:
     )
 
 
-def _named(
+def named(
     found: Mapping[str, Deferred], family: Family
 ) -> tuple[dict[str, Deferred], dict[str, str]]:
     """Tensors by the names of our tables, and those that the family leaves out, with the reason.

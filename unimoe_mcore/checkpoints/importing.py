@@ -79,6 +79,35 @@ def import_model(published: Published, source: str) -> Imported:
     return Imported(laid_out(published.rules), parts, used, skipped)
 
 
+def import_rules(
+    rules: Sequence[Rule],
+    theirs: Mapping[str, Deferred],
+    language: LanguageConfig,
+    source: str,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Deferred]:
+    """Lay tensors out by rules that must use all of them.
+
+    Args:
+        source: where they come from, for messages.
+        sizes: of axes that the language model has not.
+
+    Returns:
+        Our name on disk -> values.
+
+    Raises:
+        UserError: naming the tensors that are missing, have another shape or type, or are not
+            known.
+    """
+    every = {**sizes_of(language), **(sizes or {})}
+    problems = [problem for rule in rules for problem in _problems(rule, theirs, every)]
+    used = {name for rule in rules for name in rule.theirs}
+    problems += [f"{name} is not known" for name in sorted(theirs.keys() - used)]
+    if problems:
+        raise UserError(f"{source} cannot be used: {some(problems)}.")
+    return {_on_disk(rule): _combined(rule, theirs, every, language) for rule in rules}
+
+
 def some(problems: Sequence[str]) -> str:
     """Problems in one sentence: the first ones, and how many there are more."""
     more = len(problems) - MOST_NAMED
