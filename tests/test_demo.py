@@ -109,7 +109,7 @@ def test_what_tells_the_runs_apart_is_refused_before_anything(
     entry: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entry, "build_quickstart", lambda *_, **__: pytest.fail("built"))
-    for name in ("name", "+stage.experts"):
+    for name in ("name", "+stage.experts", "experts"):
         with pytest.raises(UserError, match=rf"^{name.strip('+')} cannot be set for all runs"):
             entry.main([f"{name}=x"])
     with pytest.raises(UserError, match=r"^trainer.seed, data.seed cannot be set"):

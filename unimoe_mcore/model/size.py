@@ -47,8 +47,8 @@ def language_size(recipe: Recipe) -> LanguageSize:
     idle = counts["experts"] // experts * (experts - model.moe.top_k)
     sparse = len(moe_blocks(model.moe.placement, blocks))
     mixture = (
-        f"{experts} expert{'s' * (experts > 1)}, top {model.moe.top_k}, in {sparse} of {blocks} blocks: "
-        f"{model.moe.placement}"
+        f"{experts} expert{'s' * (experts > 1)}, top {model.moe.top_k}, "
+        f"in {sparse} of {blocks} blocks: {model.moe.placement}"
     )
     return LanguageSize(total, total - idle, mixture)
 
