@@ -61,6 +61,7 @@ def _stream(
     container: OutputContainer, codec: str, pixels: str, size: tuple[int, int]
 ) -> VideoStream:
     stream = container.add_stream(codec, rate=1)
+    assert isinstance(stream, VideoStream)  # of a codec for video
     stream.width, stream.height = size
     stream.pix_fmt = pixels
     return stream

@@ -19,7 +19,8 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.importers.frames import ENDING, clip_of
 from data_pipeline.importers.media_places import MediaPlaces, MissingMediumError
-from data_pipeline.reading.decode import BrokenMediumError, probe_image, probe_sound, probe_video
+from data_pipeline.modalities import modality
+from data_pipeline.reading.decode import LIMITS, BrokenMediumError, probe_image
 from data_pipeline.reading.medium import Medium
 from data_pipeline.shards.schema import (
     MAX_MEDIUM_BYTES,
@@ -86,19 +87,18 @@ class RecordReader:
             raise BadRecordError(RECORD, f"it is {_called(record)}, a record has fields")
         turns = self._turns(record.get("conversations"))
         media: list[tuple[str, str, bytes]] = []
-        for field, modality in (("image", "image"), ("video", "video"), ("voice", self.voice)):
+        for field, kind in (("image", "image"), ("video", "video"), ("voice", self.voice)):
             found = _media_of(record, field)
             for place, names in enumerate(found):
                 where = field if found == [record[field]] else f"{field}[{place}]"
                 if len(media) == MOST_MEDIA:
                     raise BadRecordError(RECORD, f"{where}: more than {MOST_MEDIA} media")
-                media.append((modality, *self._file(modality, names, where)))
+                media.append((kind, *self._file(kind, names, where)))
                 if sum(len(data) for _, _, data in media) > MOST_BYTES:
                     raise BadRecordError(REFUSED, f"{where}: more than {MOST_BYTES} bytes of media")
         members = {f"{n}.{ending}": data for n, (_, ending, data) in enumerate(media)}
         references = (
-            MediumRef(modality, member)
-            for (modality, _, _), member in zip(media, members, strict=True)
+            MediumRef(kind, member) for (kind, _, _), member in zip(media, members, strict=True)
         )
         sample = Sample(f"{self.dataset}-{number:07d}", self.dataset, turns, tuple(references))
         _refuse_invalid(sample, members)
@@ -175,10 +175,13 @@ def _called(value: Any) -> str:
 def _looked_at(medium: Medium, where: str) -> bytes:
     """The bytes of a medium whose header a decoder understands."""
 
-    probe = {"image": probe_image, "video": probe_video}.get(medium.modality, probe_sound)
+    length = modality(medium.modality).length
 
     def look() -> bytes:
-        probe(medium)
+        if length is None:
+            probe_image(medium)
+        else:
+            length(medium, LIMITS)
         return medium.data
 
     return _tried(look, where)

@@ -53,7 +53,7 @@ def test_harm_stays_in_the_process(monkeypatch, tmp_path, does, words):
     (tmp_path / "sitecustomize.py").write_text(
         "import data_pipeline.reading.pictures as p\n"
         "decode = p.blame\n"
-        "import data_pipeline.reading.prepare as q\n"
+        "import data_pipeline.modalities.image as q\n"
         "first = q.decode_image\n"
         "def harmful(medium, *rest):\n"
         "    if medium.source != 'bad': return first(medium, *rest)\n"

@@ -24,6 +24,7 @@ from data_pipeline.importers import json_list
 from data_pipeline.importers.frames import clip_of
 from data_pipeline.importers.json_list import read_list
 from data_pipeline.planning.catalogue import open_catalogue
+from data_pipeline.planning.tower_rule import TowerRule
 from data_pipeline.reading.decode import decode_image, decode_video, probe_video
 from data_pipeline.reading.medium import Medium
 from data_pipeline.reading.reader import ReadingJob, SampleReader
@@ -32,7 +33,7 @@ from data_pipeline.shards.integrity import verify
 from tests.data_pipeline.sentencepieces import converted, train
 from tests.data_pipeline.test_vicuna import Original, SentencePieceBackend
 from tests.media import clip, picture, sound
-from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig, TowerRule
+from unimoe_mcore.config.towers import ConnectorConfig, EncoderConfig, TowerConfig
 
 FRAMES = 8
 _PICTURES = TowerConfig(EncoderConfig(name="random_image", frames=FRAMES))

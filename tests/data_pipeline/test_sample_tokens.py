@@ -13,9 +13,9 @@ from data_pipeline.conversation.template import Rendered, render
 from data_pipeline.conversation.tokenizer import TextTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import main as inspect
+from data_pipeline.modalities import MODALITIES
 from data_pipeline.planning.catalogue import open_catalogue
 from data_pipeline.planning.remarks import Remarkable
-from data_pipeline.reading.medium import MODALITIES
 from data_pipeline.reading.reader import BrokenSampleError, ReadingJob, SampleReader
 from data_pipeline.shards.index import load_manifest
 from data_pipeline.shards.integrity import write_manifest

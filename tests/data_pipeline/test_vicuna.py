@@ -20,7 +20,7 @@ from data_pipeline.conversation.published import with_markers
 from data_pipeline.conversation.template import render, text_tokens
 from data_pipeline.conversation.templates import VICUNA_V1
 from data_pipeline.conversation.tokenizer import TextTokenizer
-from data_pipeline.reading.medium import MODALITIES
+from data_pipeline.modalities import MODALITIES
 from tests.data_pipeline.sentencepieces import SPECIAL, converted, train
 from unimoe_mcore.checkpoints.hf_tokenizer import read_tokenizer
 

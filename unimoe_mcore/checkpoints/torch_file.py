@@ -134,7 +134,7 @@ def _plain(value: Any) -> bool:
 def _values(path: Path, name: str) -> Tensor:
     """A tensor, mapped; the file's pickle is read again, so that nothing else stays in memory."""
     found = _loaded(path).get(name)
-    if not _plain(found):
+    if found is None or not _plain(found):
         raise UserError(f"{name} in {path} cannot be read: the file changed meanwhile.")
     value: Tensor = found.detach()
     return value

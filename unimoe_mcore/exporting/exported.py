@@ -57,9 +57,10 @@ def config_of(subject: Subject) -> dict[str, Any]:
         "use_cache": True,
     }
     if tokenizer is not None:
-        begin = tokenizer.begin[0] if len(tokenizer.begin) == 1 else None
+        first = tokenizer.template.pieces(tokenizer.template.begin)[:1]
+        special = bool(first) and first[0] in tokenizer.template.special
         facts |= {
-            "bos_token_id": begin,
+            "bos_token_id": tokenizer.structure(first[0])[0] if special else None,
             "eos_token_id": tokenizer.end,
             "pad_token_id": tokenizer.pad,
         }
