@@ -129,23 +129,24 @@ class RecordReader:
             turns.append(Turn(turn["from"], text))
         return tuple(turns)
 
-    def _file(self, modality: str, names: str | list[str], where: str) -> tuple[str, bytes]:
+    def _file(self, kind: str, names: str | list[str], where: str) -> tuple[str, bytes]:
         """Ending and bytes of one medium.
 
         Args:
+            kind: its modality.
             names: its path, or those of the frames of a video.
         """
         if isinstance(names, str):
-            medium = self._read(modality, names, where)
+            medium = self._read(kind, names, where)
             ending = PurePosixPath(names).suffix[1:].lower()
             ending = ending if _ENDING.fullmatch(ending) and ending != "json" else "bin"
             return ending, _looked_at(medium, where)
         frames = [self._read("image", n, f"{where} frame {i}") for i, n in enumerate(names)]
         return ENDING, _tried(lambda: clip_of(frames), where)
 
-    def _read(self, modality: str, name: str, where: str) -> Medium:
+    def _read(self, kind: str, name: str, where: str) -> Medium:
         try:
-            return Medium(modality, self.places.read(name), name)
+            return Medium(kind, self.places.read(name), name)
         except MissingMediumError as error:
             raise BadRecordError(MISSING, f"{where}: {error}") from error
         except DataError as error:

@@ -155,8 +155,8 @@ def test_records_become_samples_with_their_media_and_tokens(
             for each, names in zip(clips, several, strict=True):
                 assert_frames(each, [bytes_of(media, name) for name in names])
         counts = {m: list[int]() for m in ("image", "video", "speech", "audio")}
-        for each in facts.media:
-            counts[each.modality].append(RULE.tokens(each.modality, each.duration_ms))
+        for entry in facts.media:
+            counts[entry.modality].append(RULE.tokens(entry.modality, entry.duration_ms))
         spoken = json.loads(json.dumps(record["conversations"]).replace("<audio>", "<speech>"))
         if number != 5:  # it spells a structural token: there the two differ
             ids, labels = original.expanded(spoken, counts)

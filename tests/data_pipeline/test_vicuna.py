@@ -76,7 +76,10 @@ class Original:
             if piece in self.markers:
                 ids.append(self.markers[piece])
             elif piece:
-                ids += [self.slow.convert_tokens_to_ids(each) for each in self.slow.tokenize(piece)]
+                for each in self.slow.tokenize(piece):
+                    number = self.slow.convert_tokens_to_ids(each)
+                    assert isinstance(number, int)  # of one token; a list would give a list
+                    ids.append(number)
         return ids
 
     def labels(self, text: str) -> list[int]:
