@@ -86,9 +86,11 @@ def _bytes_of(path: Path) -> bytes:
     try:
         # Not blocking: opening a pipe would wait for somebody to write into it.
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
                 raise DataError(f"{path} is no ordinary file")
-            data = file.read(MAX_MEDIUM_BYTES + 1)
+            # One more than there are: ``read`` makes room for all that it is asked for.
+            data = file.read(min(facts.st_size, MAX_MEDIUM_BYTES) + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     if len(data) > MAX_MEDIUM_BYTES:
