@@ -58,7 +58,9 @@ def test_an_encoder_counts_what_it_computes(name: str) -> None:
 def test_needed_is_what_the_result_depends_on() -> None:
     rows = needed_rows([3, 5], labels=2)
     assert (rows.tokens, rows.pairs, rows.places) == (8, 6 + 15, 2)
-    model = ModelConfig(LanguageConfig(blocks=4, hidden=8, ffn=16), MoEConfig(placement="second_half", top_k=2))
+    model = ModelConfig(
+        LanguageConfig(blocks=4, hidden=8, ffn=16), MoEConfig(placement="second_half", top_k=2)
+    )
     frozen = language_operations(model, 4, [], LoRAConfig(), rows)
     assert frozen.backward == 0
     # Only the router of the blocks from the third on trains: nothing flows below the third.
