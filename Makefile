@@ -1,4 +1,4 @@
-# make setup | quickstart | demo | chat | test | check | bench | clean
+# make setup | quickstart | demo | chat | test | check | fuzz | bench | clean
 # Everything happens in .venv, as an ordinary user. `make quickstart`, `make demo` and `make test`
 # make the environment themselves where it is missing.
 
