@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -73,7 +73,7 @@ def _expert(folder: Path) -> None:
 
 
 def _released(folder: Path) -> None:
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         reader = RecordReader("it", "speech", MediaPlaces([folder / "media"], []))
         import_uni_moe(folder / "records.json", folder / "set", reader, leave_out=100)
 
