@@ -46,10 +46,10 @@ def _config(facts: dict[str, Any]) -> LlamaConfig:
     return LlamaConfig(**facts, attn_implementation="eager")
 
 
-def built(folder: Path) -> UniMoEModel:
-    """Our model of a base folder, fp32."""
+def built(folder: Path, parallel: ParallelConfig | None = None) -> UniMoEModel:
+    """Our model of a base folder, fp32, in a layout."""
     language = LanguageConfig(**read_manifest(folder, "the base").language)
-    recipe = Recipe(model=ModelConfig(language))
+    recipe = Recipe(model=ModelConfig(language), parallel=parallel or ParallelConfig())
     recipe.stage.kind = "base"
     collection = ProcessGroupCollection.use_mpu_process_groups()
     model = build_model(recipe, collection, {}, torch.float32, transformer_flags(detect()))

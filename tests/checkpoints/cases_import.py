@@ -178,3 +178,18 @@ def two_processes(folder: str) -> dict[str, Any]:
         said = [dict(published.recipe)]
     dist.broadcast_object_list(said)
     return difference(theirs, mixture(place / "ep", said[0], parallel))
+
+
+@torch.no_grad()
+def tensor_ranks(folder: str) -> dict[str, float]:
+    """Losses of a base whose rows, some of which only fill up, lie on two tensor ranks."""
+    base = Path(folder) / "multi-head"
+    groups.initialise(ParallelConfig(tensor=2, sequence_parallel=True))
+    theirs = model_of(*CASES["multi-head"][:1], **CASES["multi-head"][1])
+    ids = torch.randint(8, ROWS - 1, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    ours = built(base, ParallelConfig(tensor=2, sequence_parallel=True))
+    losses = ours(batch_of(ids.tolist()))[0, : LENGTH - 1]
+    logits = theirs(input_ids=ids[None]).logits[0, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    rows = ours.language_model.embedding.word_embeddings.weight.shape[0]
+    return {"losses": ((losses - wanted).abs().max() / wanted.abs().max()).item(), "rows": rows}

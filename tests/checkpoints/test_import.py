@@ -60,6 +60,18 @@ def test_a_mixtral_is_the_stage_3_of_its_experts_and_router(
         assert found["deviation"] > 1
 
 
+def test_rows_that_fill_up_are_never_said_by_any_tensor_rank(
+    results: dict[str, Any], folder: Path
+) -> None:
+    """Of 320 rows 53 fill up: they lie on the second of two ranks."""
+    assert results["multi-head"]["rows"] == 320
+    for rank in run_distributed(
+        "tests.checkpoints.cases_import:tensor_ranks", 2, timeout=120, folder=str(folder)
+    ):
+        assert rank["rows"] == 160
+        assert rank["losses"] < TOLERANCE
+
+
 def test_fused_experts_are_those_of_the_older_form(results: dict[str, Any]) -> None:
     older, newer = results["hashes"]
     assert len(older) == 1 + 3 + 1  # base, experts, router
